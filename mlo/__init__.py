@@ -1,0 +1,34 @@
+"""mlo: multi-level optimization on PyTorch."""
+
+from mlo.engine import Engine
+from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError, RecipeError
+from mlo.graph import Edge, Graph
+from mlo.hypergradients import FiniteDifference, FirstOrder, Hypergradient, Unroll
+from mlo.levels import Levels, Output, Tensors
+from mlo.optimizers import register_optimizer
+from mlo.problem import Problem
+from mlo.sweep import Response, Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DivergenceError",
+    "Edge",
+    "Engine",
+    "FiniteDifference",
+    "FirstOrder",
+    "Graph",
+    "GraphError",
+    "Hypergradient",
+    "Levels",
+    "MloError",
+    "Output",
+    "Problem",
+    "RecipeError",
+    "Response",
+    "Step",
+    "Tensors",
+    "Unroll",
+    "register_optimizer",
+]

@@ -1,0 +1,258 @@
+"""First derivatives of one loss call at any values of the variables, as a pure function.
+
+`LossCall` is a level's loss at one moment: its batch, random draws, progress and buffers are fixed, the variables are free.
+Everything else in the package (steps, sweeps, second-order products) is built on `LossCall.gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlo.errors import GraphError
+from mlo.levels import Buffers, Calls, Levels, LevelView, Output, Tensors, Variables
+from mlo.randomness import seed_generators
+
+Gradient = tuple[Tensor | None, ...]
+"""A gradient as autograd gives it: None where the loss does not depend on the parameter."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where and in which precision losses are computed.
+
+    Attributes:
+        device: of the modules and batches.
+        autocast: the lower precision of first-order passes, or None to cast nothing.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level as the differentiation sees it.
+
+    Attributes:
+        name: the level's name.
+        module: the user's module.
+        variables: its trainable parameters.
+        buffers: its buffers.
+        loss: the user's loss.
+        reads: all levels that the loss may read, detached ones included, itself excluded.
+        attached: those of `reads` that are differentiated.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Levels, Any], Any]
+    reads: tuple[str, ...]
+    attached: tuple[str, ...]
+    variables: Variables = field(init=False)
+    buffers: Buffers = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variables", Variables(self.module))
+        object.__setattr__(self, "buffers", Buffers(self.module))
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One level's loss with its batch, random draws, progress and buffers fixed.
+
+    Attributes:
+        level: whose loss it is.
+        levels: all levels by name.
+        batch: on the backend's device.
+        key: of the random draws.
+        progress: fraction of the run.
+        backend: device and precision.
+        buffers: what a repetition must find in the buffers of the levels read; empty to read them as they are.
+    """
+
+    level: str
+    levels: Mapping[str, Level]
+    batch: Any
+    key: int
+    progress: float
+    backend: Backend
+    buffers: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
+
+    def evaluate(
+        self,
+        values: Mapping[str, Tensors],
+        *,
+        moves_buffers: bool = False,
+        autocast: bool = True,
+        record: Calls | None = None,
+        replay: Calls | None = None,
+        accessed: set[str] | None = None,
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Call the loss.
+
+        Args:
+            values: of the levels whose parameters are to be replaced; the others keep the module's own.
+            moves_buffers: whether the level's own buffers may move (in its own step only).
+            autocast: whether the backend's lower precision applies (never in second-order products).
+            record: remembers the calls of other levels' modules.
+            replay: gives remembered calls back where nothing has changed.
+            accessed: receives the names that the loss read.
+
+        Returns:
+            The loss, a scalar that depends on what was bound, and the metrics.
+
+        Raises:
+            GraphError: the loss reads a level without an edge, or does not return a scalar.
+        """
+        own = self.levels[self.level]
+        names = (self.level, *own.reads)
+        used: set[int] = set()
+
+        def view(name: str) -> LevelView:
+            module = self.levels[name].module
+            if name == self.level or (record is None and replay is None):
+                return LevelView(module, module)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if replay is not None:
+                    found, output = replay.replay(name, args, kwargs, used)
+                    return output if found else module(*args, **kwargs)
+                assert record is not None
+                return record.record(name, module, args, kwargs)
+
+            return LevelView(module, call)
+
+        levels = Levels(self.level, {name: view(name) for name in names}, self.progress)
+        backend = self.backend
+        with ExitStack() as stack:
+            for name in names:
+                if name in values:
+                    stack.enter_context(self.levels[name].variables.bound(values[name]))
+                if not (moves_buffers and name == self.level):
+                    stack.enter_context(self.levels[name].buffers.held(self.buffers.get(name)))
+            stack.enter_context(torch.enable_grad())
+            if backend.autocast is not None:
+                enabled = autocast
+                stack.enter_context(torch.autocast(backend.device.type, backend.autocast, enabled=enabled))
+            seed_generators(self.key, backend.device)
+            result = own.loss(levels, self.batch)
+        if accessed is not None:
+            accessed |= levels.accessed
+        return _checked(self.level, result)
+
+    def gradients(
+        self,
+        values: Mapping[str, Tensors],
+        wrt: Sequence[str],
+        *,
+        create_graph: bool = False,
+        moves_buffers: bool = False,
+        autocast: bool = False,
+        record: Calls | None = None,
+        replay: Calls | None = None,
+        follows: Sequence[str] = (),
+        scale: float = 1.0,
+    ) -> Gradients:
+        """Differentiate the loss with respect to the variables of the levels `wrt`.
+
+        Partial derivatives: a value that is itself a function of another level's variables counts as independent, although
+        with `create_graph` the result stays differentiable through it.
+
+        Args:
+            values: as for `evaluate`; levels not given are read at their module's own parameters.
+            wrt: the levels to differentiate with respect to.
+            create_graph: make the gradients differentiable themselves.
+            moves_buffers: as for `evaluate`.
+            autocast: as for `evaluate`.
+            record: as for `evaluate`.
+            replay: as for `evaluate`; cotangents of its cut points are returned in `leaves`.
+            follows: levels read at their module's own parameters that the graph must reach, although not in `wrt`.
+            scale: factor on the loss during the backward pass, divided out again (for fp16).
+        """
+        bound: dict[str, Tensors] = {}
+        inputs: dict[str, Tensors] = {}
+        for name in (self.level, *self.levels[self.level].reads):
+            tensors = values.get(name)
+            if name in wrt:
+                if tensors is None:
+                    inputs[name] = self.levels[name].variables.parameters
+                else:  # an alias, so that the derivative is partial
+                    inputs[name] = bound[name] = tuple(_alias(t, create_graph) for t in tensors)
+            elif tensors is None:
+                if name not in follows:
+                    bound[name] = self.levels[name].variables.detached()
+            else:
+                bound[name] = tensors if create_graph else tuple(t.detach() for t in tensors)
+        loss, metrics = self.evaluate(
+            bound, moves_buffers=moves_buffers, autocast=autocast, record=record, replay=replay
+        )
+        leaves = replay.leaves if replay is not None else []
+        flat = [t for name in wrt for t in inputs.get(name, ())] + leaves
+        if loss.requires_grad and flat:
+            grads = torch.autograd.grad(loss * scale if scale != 1.0 else loss, flat, create_graph=create_graph, allow_unused=True)
+        else:
+            grads = (None,) * len(flat)
+        if scale != 1.0:
+            grads = tuple(g / scale if g is not None else None for g in grads)
+        position, split = 0, {}
+        for name in wrt:
+            count = len(inputs.get(name, self.levels[name].variables.parameters))
+            split[name] = tuple(grads[position : position + count]) if name in inputs else (None,) * count
+            position += count if name in inputs else 0
+        return Gradients(loss.detach(), metrics, split, tuple(grads[position:]))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A loss, its metrics and its gradients by level; `leaves` are the cotangents of a replayed call's cut points."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor | float]
+    of: Mapping[str, Gradient]
+    leaves: Gradient = ()
+
+
+def dense(gradient: Gradient, like: Sequence[Tensor]) -> Tensors:
+    """Replace every None by zeros of the parameter's shape."""
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(gradient, like, strict=True))
+
+
+def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the sum of products over all entries; None where no pair has both entries."""
+    terms = [(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return torch.stack(terms).sum() if terms else None
+
+
+def norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None)."""
+    norms = [torch.linalg.vector_norm(t) for t in tensors if t is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def add(a: Gradient, b: Gradient) -> Gradient:
+    """Add two gradients entry by entry, None counting as zero."""
+    return tuple(y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True))
+
+
+def _alias(tensor: Tensor, create_graph: bool) -> Tensor:
+    if create_graph and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()
+
+
+def _checked(level: str, result: Any) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+    output = result if isinstance(result, Output) else Output(result)
+    loss = output.loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
+        found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise GraphError(
+            f"the loss of level {level!r} must return one floating-point number, as a tensor or an mlo.Output; found {found}. "
+            f"Reduce it, for example with .mean()."
+        )
+    return loss.reshape(()), output.metrics

@@ -1,0 +1,65 @@
+"""Checkpoint files: written whole or not at all, verified when read, without running foreign code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlo.errors import CheckpointError
+
+FORMAT = 1
+
+
+def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a state made of tensors, numbers, strings, lists and dictionaries, atomically.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    target = Path(path)
+    temporary = ""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = file.name
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: the checkpoint could not be written ({error}); the one before it is untouched") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `write_checkpoint` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not a checkpoint, or of a later format.
+    """
+    target = Path(path)
+    try:
+        with zipfile.ZipFile(target) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{target}: the checkpoint is damaged (in {damaged}); use an earlier one")
+        state = torch.load(target, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{target}: expected a checkpoint; found no file") from error
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{target}: expected a checkpoint of mlo; found a file that cannot be read ({error})") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{target}: expected a checkpoint of mlo; found another torch file")
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{target}: expected checkpoint format {FORMAT}; found {state['format']}. Read it with the version of mlo that wrote it."
+        )
+    return {key: value for key, value in state.items() if key != "format"}

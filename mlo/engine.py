@@ -1,0 +1,372 @@
+"""The engine: the loop over the levels. This docstring is the algorithm.
+
+    round:      for each level q inside no other, lowest first:
+                    `steps` times: take_step(q)
+
+    take_step(q):   solve(q)
+                    draw a batch; gradient = sweep(q)        (mlo.sweep: the total derivative of q's loss)
+                    step q's optimizer, then its scheduler
+
+    solve(u):   for each level q of E(u) that is not inside another one, lowest first:
+                    `steps` times: take_step(q), recorded
+                    solve(q)
+
+E(u) is what is solved inside u (mlo.structure). Nothing is computed twice: the weights after the lower steps are the virtual
+weights of the hypergradient. With `rollback` they are only virtual: after its sweep u puts the levels inside it back to where
+they were, steps, and solves them again for real, on the same batches and random draws (as the code of DARTS does).
+
+This is the only file that lets an optimizer step, and the only one that knows time; `mlo.sweep` is pure functions of records.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from mlo.autodiff import Backend, Gradients, Level, dense
+from mlo.checkpoint import read_checkpoint, write_checkpoint
+from mlo.errors import CheckpointError, DivergenceError, MloError
+from mlo.graph import Graph
+from mlo.levels import Calls
+from mlo.optimizers import Update
+from mlo.randomness import isolated
+from mlo.state import LevelState, move_optimizer
+from mlo.sweep import Context, Member, Solve, Step, World, sweep
+from mlo.tracking import Callback, ProgressBar, RoundReport
+
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """Solve a graph of levels.
+
+    Args:
+        graph: the levels and edges.
+        seed: of all random draws and data orders; two engines with equal seeds do the same.
+        device: "auto" (CUDA, else MPS, else CPU) or a torch device; the modules are moved there.
+        precision: "fp32" casts nothing; "bf16" and "fp16" run first-order passes under autocast, fp16 with a loss scale.
+        rollback: put the lower levels back before each upper step, and solve them again after it.
+
+    Attributes:
+        rounds_done: rounds played so far.
+        total_rounds: that the run is meant to have; `levels.progress` is `rounds_done / total_rounds`.
+
+    Raises:
+        MloError: an unknown device or precision.
+
+    Example:
+        >>> import torch, mlo
+        >>> w = torch.nn.Linear(1, 1, bias=False)
+        >>> problem = mlo.Problem("w", w, lambda levels, batch: (levels.w.weight - 3).square().sum(),
+        ...                       torch.optim.SGD(w.parameters(), lr=0.5), None)
+        >>> engine = Engine(mlo.Graph([problem]), seed=0, device="cpu")
+        >>> engine.run(1, progress=False)["w.loss"] > 0, round(w.weight.item(), 4)
+        (True, 3.0)
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        precision: str = "fp32",
+        rollback: bool = False,
+    ) -> None:
+        if precision not in _PRECISIONS:
+            raise MloError(f"precision: expected one of {', '.join(_PRECISIONS)}; found {precision!r}")
+        self.graph = graph
+        self.seed = seed
+        self.rounds_done = 0
+        self.total_rounds = 0
+        self._rollback = rollback
+        self._backend = Backend(_find_device(device, graph), _PRECISIONS[precision])
+        for problem in graph.levels:
+            problem.module.to(self._backend.device)
+            move_optimizer(problem.optimizer, self._backend.device)
+        self._levels = {
+            p.name: Level(p.name, p.module, p.loss, graph.reads(p.name), graph.structure.reads[p.name]) for p in graph.levels
+        }
+        self._states = {p.name: LevelState(p, self._levels[p.name], self._backend, seed) for p in graph.levels}
+        self._context = Context(graph.structure, {p.name: p.hypergradient for p in graph.levels})
+        self._tallies: dict[str, list[Tensor | float]] = {}
+        self._traced = False
+        self._stopping = False
+
+    def run(
+        self,
+        rounds: int,
+        *,
+        total_rounds: int | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+        title: str = "mlo",
+    ) -> dict[str, float]:
+        """Play rounds.
+
+        Args:
+            rounds: how many more, at least 0.
+            total_rounds: of the whole run, where it is made of several calls; tells losses their progress.
+            callbacks: called after every round.
+            progress: show a progress bar.
+            title: of the progress bar.
+
+        Returns:
+            The metrics of the last round, "LEVEL.NAME" -> value; empty if none was played.
+
+        Raises:
+            GraphError: a loss does not read what its edges declare (found before the first step).
+            DivergenceError: a loss is no longer finite.
+        """
+        if rounds < 0:
+            raise MloError(f"rounds: expected a number of at least 0; found {rounds}")
+        self._trace()
+        self.total_rounds = max(total_rounds or 0, self.rounds_done + rounds)
+        self._stopping = False
+        metrics: dict[str, float] = {}
+        with ExitStack() as stack:
+            everyone = list(callbacks)
+            if progress:
+                everyone.append(stack.enter_context(ProgressBar(title, self.rounds_done, self.total_rounds)))
+            for _ in range(rounds):
+                metrics = self._play_round()
+                for callback in everyone:
+                    callback.on_round(RoundReport(self.rounds_done, self.total_rounds, metrics))
+                if self._stopping:
+                    break
+        return metrics
+
+    def stop(self) -> None:
+        """Let `run` return after the round it is in; safe to call from a signal handler or a callback."""
+        self._stopping = True
+
+    def hypergradient(self, name: str) -> dict[str, Tensor]:
+        """Return the gradient that the next step of a level will use, and leave everything bit for bit as it was.
+
+        Plays the steps of the next round that come before it, sweeps, and restores; drawn batches are served again.
+
+        Args:
+            name: of any level.
+
+        Returns:
+            Parameter name -> total derivative of the level's loss, for all parameters with `requires_grad`, zeros where the
+            loss does not depend on it; without the level's own weight decay and clipping.
+
+        Raises:
+            GraphError: an unknown name, or a loss that does not read what its edges declare.
+        """
+        self.graph.check_name(name, "hypergradient")
+        self._trace()
+        with isolated(self._backend.device), self._restored(self.graph.structure.names):
+            tops = self.graph.structure.tops
+            found = self._sweep(name, self._approach(name, tops), recorded=False, moves_buffers=False)[0]
+        variables = self._levels[name].variables
+        gradient = dense(found.of[name], variables.parameters)
+        return {n: g.detach().clone() for n, g in zip(variables.names, gradient, strict=True)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint, atomically; a run resumed from it goes on bit for bit.
+
+        Raises:
+            CheckpointError: a level's data cannot be resumed, or the file cannot be written.
+        """
+        write_checkpoint(
+            path,
+            {
+                "seed": self.seed,
+                "rounds_done": self.rounds_done,
+                "total_rounds": self.total_rounds,
+                "levels": {name: state.state_dict() for name, state in self._states.items()},
+            },
+        )
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on where the run that wrote the checkpoint was, with its seed.
+
+        Raises:
+            CheckpointError: the file is damaged, or belongs to another graph; nothing has changed then.
+        """
+        saved = read_checkpoint(path)
+        if sorted(saved.get("levels", {})) != sorted(self._states):
+            raise CheckpointError(
+                f"{path}: expected a checkpoint of the levels {', '.join(self._states)}; found "
+                f"{', '.join(saved.get('levels', {})) or 'none'}"
+            )
+        restores = [state.snapshot() for state in self._states.values()]
+        try:
+            with isolated(self._backend.device):
+                for name, state in self._states.items():
+                    state.load_state_dict(saved["levels"][name], saved["seed"])
+        except CheckpointError as error:
+            for restore in restores:
+                restore()
+            raise CheckpointError(f"{path}: {error}") from error
+        self.seed, self.rounds_done, self.total_rounds = saved["seed"], saved["rounds_done"], saved["total_rounds"]
+
+    # --- the algorithm ------------------------------------------------------------------------------------------------
+
+    def _play_round(self) -> dict[str, float]:
+        started = time.perf_counter()
+        self._tallies = {}
+        with isolated(self._backend.device):
+            for name in self.graph.structure.tops:
+                for _ in range(self.graph[name].steps):
+                    self._take_step(name)
+        self.rounds_done += 1
+        metrics = {name: math.fsum(map(float, values)) / len(values) for name, values in self._tallies.items()}
+        self._check_finite(metrics)
+        return metrics | {"round_seconds": time.perf_counter() - started}
+
+    def _take_step(self, name: str, *, recorded: bool = False, repeatable: bool = False, reuses: bool = False) -> Step | None:
+        """Step a level, after solving those inside it.
+
+        Args:
+            name: the level.
+            recorded: return the record of the step.
+            repeatable: the levels inside are recorded in full, so that the step's objective can be repeated.
+            reuses: keep the calls of other levels' modules for the step's products.
+        """
+        inside = self.graph.structure.inside[name]
+        with self._restored(inside if self._rollback else ()):
+            solve = self._solve(name, repeatable=repeatable)
+            found, step = self._sweep(name, solve, recorded=recorded, moves_buffers=True, reuses=reuses)
+        state = self._states[name]
+        self._tally(name, found)
+        if not recorded:  # a level inside no other: its sweep is done, and with it all records
+            solve = None
+            for other in self._states.values():
+                other.weights.recorded = False
+        if state.scale.admits(found.of[name]):
+            state.take_step(found.of[name])
+        else:
+            step = None
+        if self._rollback and inside:
+            self._solve(name, repeatable=False)
+        return step
+
+    def _solve(self, name: str, *, repeatable: bool) -> Solve | None:
+        structure = self.graph.structure
+        if not structure.inside[name]:
+            return None
+        solve = Solve(name, self._world())
+        for q in structure.members[name]:
+            depth = self.graph[q].hypergradient.recorded_steps
+            wanted = repeatable or depth != 0
+            steps: list[Step] = []
+            for index in range(self.graph[q].steps):
+                newest = index == self.graph[q].steps - 1
+                reuses = depth != 0 and newest and not structure.inside[q]
+                step = self._take_step(q, recorded=True, repeatable=wanted, reuses=reuses)
+                if step is not None:
+                    steps.append(step)
+                if not repeatable and depth is not None:
+                    del steps[: len(steps) - depth]
+            final = self._solve(q, repeatable=repeatable)
+            solve.members.append(Member(q, steps, final))
+        solve.end = self._world()
+        return solve
+
+    def _sweep(
+        self, name: str, solve: Solve | None, *, recorded: bool, moves_buffers: bool, reuses: bool = False
+    ) -> tuple[Gradients, Step | None]:
+        state = self._states[name]
+        call = state.next_call(self._levels, self._progress(), self._backend, recorded=recorded)
+        attached = self.graph.structure.reads[name]
+        calls = Calls(self._backend.device) if reuses and attached else None
+        world = self._world()
+        found = sweep(
+            self._context,
+            call,
+            solve,
+            world,
+            [name],
+            moves_buffers=moves_buffers,
+            autocast=True,
+            record=calls,
+            scale=state.scale.value,
+        )
+        if not recorded:
+            return found, None
+        problem, gradient = self.graph[name], found.of[name]
+        update = Update.capture(problem.optimizer, self._levels[name].variables.parameters, gradient, problem.clip_norm)
+        return found, Step(self._context, call, world, gradient, update, solve, calls)
+
+    def _approach(self, name: str, members: Sequence[str]) -> Solve | None:
+        """Play the steps that come before the next step of `name`, and return the solve inside it."""
+        for q in members:
+            if q == name:
+                break
+            if name in self.graph.structure.inside[q]:
+                return self._approach(name, self.graph.structure.members[q])
+            for _ in range(self.graph[q].steps):
+                self._take_step(q)
+            self._solve(q, repeatable=False)
+        return self._solve(name, repeatable=False)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _world(self) -> World:
+        """Return the present version of every level's variables, kept from now on until the records are dropped."""
+        for state in self._states.values():
+            state.weights.recorded = True
+        return {name: state.weights for name, state in self._states.items()}
+
+    @contextmanager
+    def _restored(self, names: Sequence[str]) -> Iterator[None]:
+        """Put levels back to where they were before the block."""
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(self._states[name].stream.rewound())
+                stack.callback(self._states[name].snapshot())
+            yield
+
+    def _progress(self) -> float:
+        return self.rounds_done / self.total_rounds if self.total_rounds else 0.0
+
+    def _tally(self, name: str, found: Gradients) -> None:
+        rate = self.graph[name].optimizer.param_groups[0].get("lr", float("nan"))
+        for metric, value in {"loss": found.loss, **found.metrics, "learning_rate": rate}.items():
+            kept = value.detach() if isinstance(value, Tensor) else value
+            self._tallies.setdefault(f"{name}.{metric}", []).append(kept)
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        for name in self.graph.structure.names:
+            loss = metrics.get(f"{name}.loss", 0.0)
+            if not math.isfinite(loss):
+                raise DivergenceError(
+                    f"round {self.rounds_done}, level {name!r}: expected a finite loss; found {loss}. Lower the learning rate of "
+                    f"the level or of one that it reads, or set clip_norm; the newest checkpoint is from before."
+                )
+
+    def _trace(self) -> None:
+        """Call each loss once, changing nothing, and compare what it reads with the edges."""
+        if self._traced:
+            return
+        with isolated(self._backend.device):
+            for name, state in self._states.items():
+                accessed: set[str] = set()
+                with state.stream.rewound():
+                    call = state.next_call(self._levels, self._progress(), self._backend, recorded=False)
+                    call.evaluate({}, accessed=accessed)
+                self.graph.check_reads(name, sorted(accessed))
+        self._traced = True
+
+
+def _find_device(device: str | torch.device, graph: Graph) -> torch.device:
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise MloError(f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {device!r}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    doubles = any(p.dtype == torch.float64 for problem in graph.levels for p in problem.module.parameters())
+    if torch.backends.mps.is_available() and not doubles:
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,184 @@
+"""The graph of levels: declaration, and every check that can be made before the first step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import combinations
+
+from torch.optim import LBFGS
+
+from mlo.errors import GraphError
+from mlo.optimizers import has_update_rule, registered_optimizers
+from mlo.problem import Problem
+from mlo.structure import Structure, reachable
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The target's loss reads the source's variables.
+
+    Args:
+        source: name of the level that is read.
+        target: name of the level that reads.
+        detached: read by value only; the edge is not differentiated and solves no level inside another.
+    """
+
+    source: str
+    target: str
+    _: KW_ONLY
+    detached: bool = False
+
+
+class Graph:
+    """Levels from lowest to highest, and what each reads.
+
+    Args:
+        levels: the problems; their order says who is solved before whom.
+        edges: who reads whom.
+
+    Attributes:
+        levels: as given.
+        edges: as given.
+        structure: who is solved inside whom, and the order of the sweep.
+
+    Raises:
+        GraphError: a mistake in the declaration; the message names the level, what was expected, what was found, the mend.
+    """
+
+    def __init__(self, levels: Iterable[Problem], edges: Iterable[Edge] = ()) -> None:
+        self.levels = tuple(levels)
+        self.edges = tuple(edges)
+        self._check_levels()
+        self._check_edges()
+        attached = [(e.source, e.target) for e in self.edges if not e.detached]
+        self.structure = Structure([p.name for p in self.levels], attached)
+        self._check_influence()
+        self._check_parameters()
+        self._check_estimators()
+
+    def __getitem__(self, name: str) -> Problem:
+        self.check_name(name, "level")
+        return next(problem for problem in self.levels if problem.name == name)
+
+    def inside(self, name: str) -> frozenset[str]:
+        """Return E(name): the levels that are solved inside `name`."""
+        self.check_name(name, "level")
+        return frozenset(self.structure.inside[name])
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """Return all levels that `name` may read, detached ones included, lowest first."""
+        sources = {edge.source for edge in self.edges if edge.target == name}
+        return tuple(problem.name for problem in self.levels if problem.name in sources)
+
+    def check_name(self, name: str, where: str) -> None:
+        """Refuse a name that is not a level's.
+
+        Raises:
+            GraphError: with the nearest name.
+        """
+        names = [problem.name for problem in self.levels]
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise GraphError(f"{where}: expected one of the levels {', '.join(names)}; found {name!r}.{hint}")
+
+    def check_reads(self, name: str, accessed: Sequence[str]) -> None:
+        """Refuse edges that the loss of `name` does not use, given what one call of it read.
+
+        Raises:
+            GraphError: naming the unused edge.
+        """
+        for source in self.reads(name):
+            if source not in accessed:
+                raise GraphError(
+                    f"edge {source!r} -> {name!r}: expected the loss of {name!r} to read levels.{source}; one call of it read "
+                    f"{', '.join(sorted(accessed)) or 'nothing'}. Remove the edge, or read the level."
+                )
+
+    def _check_levels(self) -> None:
+        if not self.levels:
+            raise GraphError("a graph needs at least one level; found none")
+        for problem in self.levels:
+            if not isinstance(problem, Problem):
+                raise GraphError(f"levels: expected mlo.Problem objects; found {problem!r}")
+        names = [problem.name for problem in self.levels]
+        for name in names:
+            if names.count(name) > 1:
+                raise GraphError(f"level {name!r}: expected names to differ; found it {names.count(name)} times. Rename one.")
+
+    def _check_edges(self) -> None:
+        seen: set[tuple[str, str]] = set()
+        for edge in self.edges:
+            if not isinstance(edge, Edge):
+                raise GraphError(f"edges: expected mlo.Edge objects; found {edge!r}")
+            self.check_name(edge.source, f"source of {edge}")
+            self.check_name(edge.target, f"target of {edge}")
+            if edge.source == edge.target:
+                raise GraphError(
+                    f"{edge}: a loss always reads its own level's variables; found an edge from {edge.source!r} to itself. "
+                    f"Remove it."
+                )
+            if (edge.source, edge.target) in seen:
+                raise GraphError(
+                    f"edge {edge.source!r} -> {edge.target!r}: expected it once; found it twice. Remove one of the two."
+                )
+            seen.add((edge.source, edge.target))
+
+    def _check_influence(self) -> None:
+        names = [problem.name for problem in self.levels]
+        successors = {name: [edge.target for edge in self.edges if edge.source == name] for name in names}
+        for index, name in enumerate(names[:-1]):
+            above = names[index + 1 :]
+            if not reachable(successors, name) & set(above):
+                raise GraphError(
+                    f"level {name!r}: expected it to influence a level above it ({', '.join(above)}), directly or through "
+                    f"others; found no path of edges. Add mlo.Edge({name!r}, ...) to the level whose loss reads it, or remove it."
+                )
+
+    def _check_parameters(self) -> None:
+        owned = {p.name: {id(w): n for n, w in p.module.named_parameters() if w.requires_grad} for p in self.levels}
+        for name, own in owned.items():
+            if not own:
+                raise GraphError(
+                    f"level {name!r}: expected a module with parameters that require a gradient; found none. Set "
+                    f"requires_grad=True on what is to be trained."
+                )
+        for a, b in combinations(self.levels, 2):
+            shared = [n for i, n in owned[a.name].items() if i in owned[b.name]]
+            if shared:
+                raise GraphError(
+                    f"levels {a.name!r} and {b.name!r}: expected each parameter in one level; found {shared[0]!r} of {a.name!r} in "
+                    f"both. Let one level read the other through an edge instead of sharing the module."
+                )
+        for problem in self.levels:
+            self._check_optimizer(problem, owned[problem.name])
+
+    def _check_optimizer(self, problem: Problem, owned: dict[int, str]) -> None:
+        where = f"level {problem.name!r}, optimizer {type(problem.optimizer).__name__}"
+        if isinstance(problem.optimizer, LBFGS):
+            raise GraphError(f"{where}: expected an optimizer that steps without a closure; found LBFGS. Choose SGD or Adam.")
+        members = {id(p) for p in problem.module.parameters()}
+        held = [p for group in problem.optimizer.param_groups for p in group["params"]]
+        foreign = [p for p in held if id(p) not in members]
+        if foreign:
+            raise GraphError(
+                f"{where}: expected parameters of the level's own module; found {len(foreign)} foreign ones (the first has shape "
+                f"{tuple(foreign[0].shape)}). Build it over module.parameters()."
+            )
+        if not any(id(p) in owned for p in held):
+            raise GraphError(f"{where}: expected it to hold the level's trainable parameters; found none of them.")
+
+    def _check_estimators(self) -> None:
+        for problem in self.levels:
+            uppers = [p for p in self.levels if problem.name in self.structure.inside[p.name]]
+            nested = [p for p in uppers if any(p.name in self.structure.inside[q.name] for q in self.levels)]
+            repeated = any(p.hypergradient.recorded_steps != 0 for p in nested)
+            needs = bool(uppers) and (problem.hypergradient.needs_update_rule or repeated)
+            if needs and not has_update_rule(problem.optimizer):
+                raise GraphError(
+                    f"level {problem.name!r}: {problem.hypergradient!r} differentiates the optimizer's steps; expected one of "
+                    f"{', '.join(registered_optimizers())}; found {type(problem.optimizer).__name__}. Change the optimizer, "
+                    f"teach its update with mlo.register_optimizer, or choose an estimator that does not need it."
+                )

@@ -1,0 +1,20 @@
+"""The estimators: one file each, one abstract method."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.finite_difference import FiniteDifference
+from mlo.hypergradients.first_order import FirstOrder
+from mlo.hypergradients.unroll import Unroll
+
+KINDS: Mapping[str, type[Hypergradient]] = MappingProxyType(
+    {
+        "first_order": FirstOrder,
+        "finite_difference": FiniteDifference,
+        "unroll": Unroll,
+    }
+)
+"""The estimators by the name that recipes call them."""
+
+__all__ = ["KINDS", "FiniteDifference", "FirstOrder", "Hypergradient", "Unroll"]

@@ -1,0 +1,40 @@
+"""The one method that an estimator supplies."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+
+from mlo.levels import Tensors
+from mlo.sweep import Response
+
+
+class Hypergradient(abc.ABC):
+    """How one level's best response is differentiated.
+
+    An estimator of one's own is a subclass with `pullback`, passed as `Problem(..., hypergradient=MyEstimator())`. Inside a
+    nest the result is differentiated again where an exact estimator is used further up: compute it with torch operations, and
+    from `Step`'s own methods.
+    """
+
+    @property
+    def recorded_steps(self) -> int | None:
+        """How many of the level's last steps `response.steps` must hold; None for all of them, 0 for none."""
+        return None
+
+    @property
+    def needs_update_rule(self) -> bool:
+        """Whether `Step.pull_back_update` is used, which exists for registered optimizers only."""
+        return True
+
+    @abc.abstractmethod
+    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
+        """Pull a cotangent of the level's variables back onto what the level responds to: c_q = (dw_p*/dw_q)^T a_p.
+
+        Args:
+            cotangent: a_p, one tensor a variable of the level.
+            response: the recorded steps of the level, and `response.targets`, the levels whose cotangents are wanted.
+
+        Returns:
+            For each target q the cotangent c_q, one tensor a variable of q. Targets left out count as zero.
+        """

@@ -1,0 +1,56 @@
+"""Differentiate the last step, its second-order product by central differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlo.errors import MloError
+from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.steps import check_last, pull_back_steps
+from mlo.levels import Tensors
+from mlo.sweep import Response
+
+
+@dataclass(frozen=True)
+class FiniteDifference(Hypergradient):
+    """The DARTS estimator (Liu et al. 2019, eq. 7-8; LBT, Sheth et al., eq. (7)-(8) and (11)-(12)), with any optimizer.
+
+    For plain SGD, c_q = -lr * [dL_p/dw_q(w_p + eps a) - dL_p/dw_q(w_p - eps a)] / (2 eps), with eps = radius / |a|, at the
+    weights, batch, learning rate and random draws of the recorded step. For other optimizers a is first pulled back through the
+    optimizer's own step, which for momentum, Adam and clipping scales and turns it.
+
+    Error: the truncation is radius^2 / 6 times the third derivative along the direction, the rounding is the machine epsilon
+    times |dL_p/dw_q| |a| / radius: for smooth losses use about 1e-2 in float32 and 1e-4 in float64. Networks with kinks (ReLU,
+    max pooling) have no second derivative there; the difference then averages over the kinks within the radius.
+
+    Cost: two gradients with respect to the targets a step; the forward passes of other levels are not repeated.
+
+    Args:
+        radius: Euclidean norm of the perturbation of w_p, positive.
+        last: go back this many steps; None for all.
+
+    Example:
+        >>> FiniteDifference()
+        FiniteDifference(radius=0.01, last=1)
+    """
+
+    radius: float = 0.01
+    last: int | None = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.radius, (int, float)) and self.radius > 0 and math.isfinite(self.radius)):
+            raise MloError(f"FiniteDifference: radius must be a positive number; found {self.radius!r}")
+        check_last("FiniteDifference", self.last)
+
+    @property
+    def recorded_steps(self) -> int | None:
+        """The steps gone back."""
+        return self.last
+
+    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
+        """Pull back through the steps, newest first."""
+        return pull_back_steps(
+            cotangent, response, self.last, lambda step, direction, targets: step.difference(direction, targets, self.radius)
+        )

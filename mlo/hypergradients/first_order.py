@@ -1,0 +1,32 @@
+"""Ignore the best response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlo.hypergradients.base import Hypergradient
+from mlo.levels import Tensors
+from mlo.sweep import Response
+
+
+@dataclass(frozen=True)
+class FirstOrder(Hypergradient):
+    """No indirect part: the level's best response counts as constant (first-order DARTS, Liu et al. 2019, section 2.3).
+
+    Costs nothing. Exact only where the level is ignored on purpose.
+    """
+
+    @property
+    def recorded_steps(self) -> int:
+        """None of the level's steps are needed."""
+        return 0
+
+    @property
+    def needs_update_rule(self) -> bool:
+        """Any optimizer will do."""
+        return False
+
+    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:  # noqa: ARG002
+        """Return nothing: every cotangent is zero."""
+        return {}

@@ -1,0 +1,53 @@
+"""The reverse pass through recorded optimizer steps that `Unroll` and `FiniteDifference` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mlo.autodiff import Gradient
+from mlo.errors import MloError
+from mlo.levels import Tensors
+from mlo.sweep import Response, Step
+
+Product = Callable[[Step, Gradient, Sequence[str]], dict[str, Tensors]]
+"""`product(step, direction, targets)`: the second-order products of the step's objective along `direction`."""
+
+
+def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, product: Product) -> dict[str, Tensors]:
+    """Pull a cotangent back through the last recorded steps, newest first.
+
+    With w' = step(w, dF/dw, state): the optimizer's own pullback turns a cotangent of (w', state') into those of (w, gradient,
+    state); the gradient's is then the direction of one second-order product, which gives the part for w and for all targets.
+
+    Args:
+        cotangent: of the level's variables after the last step.
+        response: the level's recorded steps.
+        last: how many steps to go back, None for all recorded ones; the state before them counts as constant.
+        product: the second-order product.
+    """
+    steps = list(response.steps if last is None else response.steps[-last:])
+    total = {q: response.zeros(q) for q in response.targets}
+    state_cotangent = None
+    for index in reversed(range(len(steps))):
+        step, is_first = steps[index], index == 0
+        a_weights, direction, state_cotangent = step.pull_back_update(cotangent, state_cotangent)
+        targets = response.current(step) if is_first else (response.level, *response.current(step))
+        if not targets:
+            continue
+        products = product(step, direction, targets)
+        if not is_first:
+            own = products.pop(response.level)
+            cotangent = tuple(a + b for a, b in zip(a_weights, own, strict=True))
+        for q, c in products.items():
+            total[q] = tuple(a + b for a, b in zip(total[q], c, strict=True))
+    return total
+
+
+def check_last(estimator: str, last: int | None) -> None:
+    """Refuse a number of steps that is not positive.
+
+    Raises:
+        MloError: `last` is neither None nor a whole number of at least 1.
+    """
+    if last is not None and (type(last) is not int or last < 1):
+        raise MloError(f"{estimator}: last must be a whole number of at least 1, or None for all steps; found {last!r}")

@@ -1,0 +1,44 @@
+"""Differentiate the optimizer steps really taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.steps import check_last, pull_back_steps
+from mlo.levels import Tensors
+from mlo.sweep import Response, Step
+
+
+@dataclass(frozen=True)
+class Unroll(Hypergradient):
+    """Reverse-mode differentiation of the level's recorded steps, by double backward (Franceschi et al. 2017, Algorithm 1).
+
+    Goes through momentum, Nesterov, dampening, weight decay, Adam, AdamW, active clipping, and through the hypergradients of
+    levels solved inside this one. Exact with all steps (`last=None`), from the start of the solve, which counts as constant.
+
+    Cost: one double backward pass a step (about 2 to 4 gradients), and memory for the weights, gradient and optimizer state of
+    every step.
+
+    Args:
+        last: go back this many steps only (truncated back-propagation, Shaban et al. 2019); None for all.
+
+    Example:
+        >>> Unroll(last=3)
+        Unroll(last=3)
+    """
+
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        check_last("Unroll", self.last)
+
+    @property
+    def recorded_steps(self) -> int | None:
+        """The steps gone back."""
+        return self.last
+
+    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
+        """Pull back through the steps, newest first."""
+        return pull_back_steps(cotangent, response, self.last, Step.product)

@@ -1,0 +1,253 @@
+"""Optimizer steps as differentiable functions, to unroll them and to pull cotangents back through them.
+
+A `torch.optim` step modifies tensors in place and cannot be differentiated reliably (with `differentiable=True` momentum SGD
+is silently wrong). Here each supported optimizer has an *update rule*: its formula, written as a pure function of the
+weights, the gradient and the state, all flattened to one vector. The engine steps the user's real optimizer; the rule is used
+to differentiate that step (`Update.pull_back`) and to repeat it (`Update.apply`).
+
+Optimizers of one's own are taught by `register_optimizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from mlo.autodiff import Gradient, norm
+from mlo.levels import Tensors
+
+State = Mapping[str, Tensor]
+UpdateRule = Callable[[Tensor, Tensor, State, Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+"""`rule(weights, gradient, state, options) -> (new weights, new state)`, differentiable, out of place.
+
+`weights` and `gradient` are vectors of shape (n,). `state` holds the optimizer's per-parameter state tensors flattened to the
+same shape, under the optimizer's own names; it lacks those that the optimizer has not made yet. `options` are the parameter
+group's options (such as "lr"), and "step", the number of steps taken before this one.
+"""
+
+OptimizerState = tuple[Mapping[str, Tensor], ...]
+"""The state tensors of each of a level's parameters, by name."""
+
+
+def sgd(weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`torch.optim.SGD`: momentum, dampening, Nesterov and coupled weight decay (Sutskever et al. 2013)."""
+    gradient = _coupled(weights, gradient, options)
+    new_state: dict[str, Tensor] = {}
+    if options["momentum"]:
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = gradient
+        else:
+            buffer = options["momentum"] * buffer + (1 - options["dampening"]) * gradient
+        new_state["momentum_buffer"] = buffer
+        gradient = gradient + options["momentum"] * buffer if options["nesterov"] else buffer
+    return weights - options["lr"] * gradient, new_state
+
+
+def adam(weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`torch.optim.Adam`: coupled weight decay, AMSGrad (Kingma and Ba 2015, Algorithm 1; Reddi et al. 2018)."""
+    if options.get("decoupled_weight_decay", False):
+        weights = weights * (1 - options["lr"] * options["weight_decay"])
+        gradient = -gradient if options["maximize"] else gradient
+    else:
+        gradient = _coupled(weights, gradient, options)
+    beta1, beta2 = options["betas"]
+    step = options["step"] + 1
+    zeros = torch.zeros_like(weights)
+    mean = state.get("exp_avg", zeros) * beta1 + (1 - beta1) * gradient
+    square = state.get("exp_avg_sq", zeros) * beta2 + (1 - beta2) * gradient * gradient
+    new_state = {"exp_avg": mean, "exp_avg_sq": square}
+    if options["amsgrad"]:
+        square = torch.maximum(state.get("max_exp_avg_sq", zeros), square)
+        new_state["max_exp_avg_sq"] = square
+    # sqrt has no derivative at 0, where the mean is 0 too: the step's derivative there is that of mean / eps.
+    positive = square > 0
+    root = torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    denominator = root / (1 - beta2**step) ** 0.5 + options["eps"]
+    return weights - options["lr"] / (1 - beta1**step) * mean / denominator, new_state
+
+
+def adamw(weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`torch.optim.AdamW`: Adam with decoupled weight decay (Loshchilov and Hutter 2019, Algorithm 2)."""
+    return adam(weights, gradient, state, {**options, "decoupled_weight_decay": True})
+
+
+_RULES: dict[type[Optimizer], UpdateRule] = {SGD: sgd, Adam: adam, AdamW: adamw}
+
+
+def register_optimizer(optimizer: type[Optimizer], rule: UpdateRule) -> None:
+    """Teach the estimators an optimizer's update, so that they can differentiate its steps.
+
+    Args:
+        optimizer: the class; subclasses are not covered, they may step differently.
+        rule: the update as a differentiable function, see `UpdateRule`.
+
+    Example:
+        >>> import torch
+        >>> class SignSGD(torch.optim.SGD): ...
+        >>> def rule(weights, gradient, state, options):
+        ...     return weights - options["lr"] * gradient.sign(), {}
+        >>> register_optimizer(SignSGD, rule)
+    """
+    _RULES[optimizer] = rule
+
+
+def registered_optimizers() -> tuple[str, ...]:
+    """Return the names of the optimizers that have an update rule."""
+    return tuple(kind.__name__ for kind in _RULES)
+
+
+def has_update_rule(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's steps can be differentiated."""
+    return type(optimizer) in _RULES
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Parameters that share options and step count, and so one flat update."""
+
+    indices: tuple[int, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step of one level: clipping, then the optimizer's rule with the options in force at that step.
+
+    A map from (weights, gradient, optimizer state) to (new weights, new state). Parameters without a gradient, or that the
+    optimizer does not hold, stay as they are.
+
+    Attributes:
+        state: the optimizer's state just before the step.
+    """
+
+    rule: UpdateRule
+    buckets: tuple[_Bucket, ...]
+    clip_norm: float | None
+    state: OptimizerState
+
+    @classmethod
+    def capture(
+        cls, optimizer: Optimizer, parameters: Sequence[Tensor], gradient: Gradient, clip_norm: float | None
+    ) -> Update:
+        """Describe the step that `optimizer` is about to take with `gradient`; copies its state."""
+        index = {id(p): i for i, p in enumerate(parameters)}
+        buckets: list[_Bucket] = []
+        state: list[dict[str, Tensor]] = [{} for _ in parameters]
+        for group in optimizer.param_groups:
+            options = {key: value for key, value in group.items() if key != "params"}
+            by_kind: dict[tuple[Any, ...], list[int]] = {}
+            for p in group["params"]:
+                i = index.get(id(p))
+                if i is None or gradient[i] is None:
+                    continue
+                own = optimizer.state.get(p, {})
+                state[i] = {
+                    key: value.clone()
+                    for key, value in own.items()
+                    if isinstance(value, Tensor) and key != "step" and value.shape == p.shape
+                }
+                kind = (float(own.get("step", 0)), tuple(sorted(state[i])))
+                by_kind.setdefault(kind, []).append(i)
+            buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]
+        return cls(_RULES[type(optimizer)], tuple(buckets), clip_norm, tuple(state))
+
+    def apply(self, weights: Tensors, gradient: Gradient, state: OptimizerState) -> tuple[Tensors, OptimizerState]:
+        """Take the step again, differentiably, from any weights, gradient and state."""
+        gradient = clip(gradient, self.clip_norm)
+        new_weights, new_state = list(weights), list(state)
+        for bucket in self.buckets:
+            flat = self._rule(bucket, weights, gradient, state)
+            shapes = [weights[i].shape for i in bucket.indices]
+            pieces = {name: _unflat(vector, shapes) for name, vector in flat[1].items()}
+            for position, (i, w) in enumerate(zip(bucket.indices, _unflat(flat[0], shapes), strict=True)):
+                new_weights[i] = w
+                new_state[i] = {name: tensors[position] for name, tensors in pieces.items()}
+        return tuple(new_weights), tuple(new_state)
+
+    def pull_back(
+        self,
+        weights: Tensors,
+        gradient: Gradient,
+        cotangent: Tensors,
+        state_cotangent: OptimizerState | None,
+        *,
+        state: OptimizerState | None = None,
+        create_graph: bool = False,
+    ) -> tuple[Tensors, Gradient, OptimizerState]:
+        """Pull cotangents of the new weights and the new state back through the step.
+
+        Args:
+            weights: just before the step.
+            gradient: that the step was taken with, before clipping.
+            cotangent: of the new weights.
+            state_cotangent: of the new state, or None for zero.
+            state: just before the step, where it is not the captured one.
+            create_graph: keep the result differentiable.
+
+        Returns:
+            The cotangents of the weights, of the gradient and of the state before the step.
+        """
+        state = self.state if state is None else state
+        with torch.enable_grad():
+            w = tuple(_input(t, create_graph) for t in weights)
+            g = tuple(None if t is None else _input(t, create_graph) for t in gradient)
+            s = tuple({name: _input(t, create_graph) for name, t in own.items()} for own in state)
+            new_w, new_s = self.apply(w, g, s)
+        outputs, cotangents = list(new_w), list(cotangent)
+        for i, own in enumerate(state_cotangent or ()):
+            outputs += [new_s[i][name] for name in own]
+            cotangents += own.values()
+        inputs = [*w, *(t for t in g if t is not None), *(t for own in s for t in own.values())]
+        # A parameter that the step leaves alone is its own output.
+        grads = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, create_graph=create_graph))
+
+        def following(like: Tensor) -> Tensor:
+            found = next(grads)
+            return torch.zeros_like(like) if found is None else found
+
+        a_w = tuple(following(t) for t in w)
+        a_g = tuple(None if t is None else following(t) for t in g)
+        return a_w, a_g, tuple({name: following(t) for name, t in own.items()} for own in s)
+
+    def _rule(
+        self, bucket: _Bucket, weights: Tensors, gradient: Gradient, state: OptimizerState
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        ids = bucket.indices
+        names = state[ids[0]].keys()
+        flat_state = {name: _flat([state[i][name] for i in ids]) for name in names}
+        grads = [g for i in ids if (g := gradient[i]) is not None]
+        return self.rule(_flat([weights[i] for i in ids]), _flat(grads), flat_state, bucket.options)
+
+
+def clip(gradient: Gradient, clip_norm: float | None) -> Gradient:
+    """Scale the gradient down to norm `clip_norm` where it is longer, as `torch.nn.utils.clip_grad_norm_`, differentiably."""
+    if clip_norm is None or all(g is None for g in gradient):
+        return gradient
+    factor = torch.clamp(clip_norm / (norm(gradient) + 1e-6), max=1.0)
+    return tuple(None if g is None else g * factor for g in gradient)
+
+
+def _coupled(weights: Tensor, gradient: Tensor, options: Mapping[str, Any]) -> Tensor:
+    gradient = -gradient if options["maximize"] else gradient
+    return gradient + options["weight_decay"] * weights if options["weight_decay"] else gradient
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _unflat(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    pieces = vector.split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _input(tensor: Tensor, create_graph: bool) -> Tensor:
+    if create_graph and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()

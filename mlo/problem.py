@@ -1,0 +1,89 @@
+"""What a user declares of one level: its variables, loss, data and optimizer, and how its best response is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mlo.errors import GraphError
+from mlo.hypergradients import FiniteDifference, Hypergradient
+from mlo.levels import Levels, Output
+
+Loss = Callable[[Levels, Any], Tensor | Output]
+"""`loss(levels, batch)`: pure; reads the levels through `levels.NAME` and returns a scalar tensor or an `Output`."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One level: a module's trainable parameters, chosen to minimize a loss.
+
+    The module, the optimizer and its state stay the user's objects and are trained in place.
+
+    Args:
+        name: how losses and edges refer to the level; a Python identifier, `levels.NAME` in a loss.
+        module: any `nn.Module`; the level's variables are its parameters with `requires_grad`.
+        loss: `loss(levels, batch)`, a scalar tensor or an `Output`.
+        optimizer: any `torch.optim` optimizer over parameters of `module` (one that takes no closure).
+        data: an iterable of batches, re-iterated when exhausted; None for a loss without data, which then gets None.
+        hypergradient: how this level's best response is differentiated when a level above needs it.
+        steps: optimizer steps for each step of the levels above, at least 1.
+        scheduler: a learning-rate scheduler over `optimizer`, advanced once per optimizer step.
+        clip_norm: largest Euclidean norm of the gradient that the optimizer sees, as `clip_grad_norm_`; None for no limit.
+
+    Raises:
+        GraphError: an argument is of the wrong type or out of range.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> Problem("model", net, lambda levels, batch: levels.model(batch).square().mean(), sgd, [torch.ones(4, 2)]).steps
+        1
+    """
+
+    name: str
+    module: nn.Module
+    loss: Loss
+    optimizer: Optimizer
+    data: Iterable[Any] | None
+    _: KW_ONLY
+    hypergradient: Hypergradient = field(default_factory=FiniteDifference)
+    steps: int = 1
+    scheduler: LRScheduler | None = None
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier() or self.name == "progress":
+            raise GraphError(
+                f"a level's name must be a Python identifier other than 'progress' (losses read levels.NAME); "
+                f"found {self.name!r}"
+            )
+        self._expect("module", "a torch.nn.Module", isinstance(self.module, nn.Module))
+        self._expect("loss", "a callable loss(levels, batch)", callable(self.loss))
+        self._expect("optimizer", "a torch.optim.Optimizer built over module.parameters()", _is(self.optimizer, Optimizer))
+        self._expect("data", "an iterable of batches, or None", self.data is None or isinstance(self.data, Iterable))
+        self._expect(
+            "hypergradient", "an estimator object such as mlo.FiniteDifference()", _is(self.hypergradient, Hypergradient)
+        )
+        self._expect("steps", "a whole number of at least 1", type(self.steps) is int and self.steps >= 1)
+        self._expect("scheduler", "a learning-rate scheduler, or None", _is(self.scheduler, LRScheduler, type(None)))
+        self._expect(
+            "clip_norm",
+            "a positive number, or None",
+            self.clip_norm is None or (isinstance(self.clip_norm, (int, float)) and self.clip_norm > 0),
+        )
+        if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
+            raise GraphError(f"level {self.name!r}: its scheduler drives another optimizer; build it over this level's own")
+
+    def _expect(self, argument: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise GraphError(f"level {self.name!r}: {argument} must be {expected}; found {getattr(self, argument)!r}")
+
+
+def _is(value: object, *types: type) -> bool:
+    return isinstance(value, types)

@@ -1,0 +1,170 @@
+"""Everything about one level that changes while an engine runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mlo.autodiff import Backend, Gradient, Level, LossCall
+from mlo.errors import CheckpointError
+from mlo.optimizers import clip
+from mlo.problem import Problem
+from mlo.randomness import random_key
+from mlo.streams import Stream
+from mlo.sweep import Weights
+
+
+class LossScale:
+    """The dynamic loss scale of fp16 (Micikevicius et al. 2018, section 3.2); 1 and fixed in other precisions."""
+
+    def __init__(self, *, active: bool) -> None:
+        self.active = active
+        self.value = 2.0**16 if active else 1.0
+        self.good_steps = 0
+
+    def admits(self, gradient: Gradient) -> bool:
+        """Return whether the step may be taken, and adapt the scale: halved on overflow, doubled after 2000 good steps."""
+        if not self.active:
+            return True
+        finite = all(bool(torch.isfinite(g).all()) for g in gradient if g is not None)
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps == 2000:
+            self.value, self.good_steps = self.value * 2, 0
+        return finite
+
+
+class LevelState:
+    """A level at work: the user's module, optimizer and scheduler, the data stream, and the counters.
+
+    Attributes:
+        problem: the declaration.
+        level: the functional view of it.
+        weights: the present version of its variables.
+        stream: of its batches.
+        steps_taken: optimizer steps so far; keys the random draws.
+    """
+
+    def __init__(self, problem: Problem, level: Level, backend: Backend, seed: int) -> None:
+        self.problem = problem
+        self.level = level
+        self.weights = Weights(level.variables.parameters, live=True)
+        self.stream = Stream(problem.name, problem.data, seed, backend.device)
+        self.scale = LossScale(active=backend.autocast == torch.float16)
+        self.steps_taken = 0
+
+    def next_call(self, levels: dict[str, Level], progress: float, backend: Backend, *, recorded: bool) -> LossCall:
+        """Draw a batch and return the loss on it, with the random draws of the level's next step.
+
+        Args:
+            levels: all levels.
+            progress: fraction of the run.
+            backend: device and precision.
+            recorded: whether the call will be repeated, and must find the buffers as they are now.
+        """
+        key = random_key(self.stream.seed, self.problem.name, "step", self.steps_taken)
+        read = (self.problem.name, *self.level.reads) if recorded else ()
+        buffers = {name: levels[name].buffers.copies() for name in read}
+        return LossCall(self.problem.name, levels, self.stream.next(), key, progress, backend, buffers)
+
+    def take_step(self, gradient: Gradient) -> None:
+        """Step the optimizer and the scheduler with a gradient, clipped; keep the present version if a record needs it."""
+        if self.weights.recorded:
+            self.weights.materialize()
+        parameters = self.level.variables.parameters
+        kept = [p.grad for p in parameters]
+        for p, g in zip(parameters, clip(gradient, self.problem.clip_norm), strict=True):
+            p.grad = g.detach() if g is not None else None
+        self.problem.optimizer.step()
+        for p, g in zip(parameters, kept, strict=True):
+            p.grad = g
+        if self.problem.scheduler is not None:
+            self.problem.scheduler.step()
+        self.weights = Weights(parameters, live=True)
+        self.steps_taken += 1
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copy everything that a step changes (the stream apart), and return a function that puts it back bit for bit."""
+        tensors = [t for t in (*self.problem.module.parameters(), *self.problem.module.buffers())]
+        copies = [t.detach().clone() for t in tensors]
+        optimizer = self.problem.optimizer
+        states = {p: {k: (v, _copy(v)) for k, v in own.items()} for p, own in optimizer.state.items()}
+        groups = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        scheduler = copy.deepcopy(self.problem.scheduler.state_dict()) if self.problem.scheduler is not None else None
+        counters = (self.steps_taken, self.scale.value, self.scale.good_steps)
+
+        @torch.no_grad()
+        def restore() -> None:
+            for t, saved in zip(tensors, copies, strict=True):
+                t.copy_(saved)
+            optimizer.state.clear()
+            for p, own in states.items():
+                optimizer.state[p] = {k: v.copy_(saved) if isinstance(v, Tensor) else saved for k, (v, saved) in own.items()}
+            for group, options in zip(optimizer.param_groups, groups, strict=True):
+                group.update(options)
+            if self.problem.scheduler is not None and scheduler is not None:
+                self.problem.scheduler.load_state_dict(scheduler)
+            self.steps_taken, self.scale.value, self.scale.good_steps = counters
+            self.weights = Weights(self.level.variables.parameters, live=True)
+
+        return restore
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs of this level."""
+        scheduler = self.problem.scheduler
+        return {
+            "module": self.problem.module.state_dict(),
+            "loose_buffers": dict(_loose_buffers(self.problem.module)),
+            "optimizer": self.problem.optimizer.state_dict(),
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "stream": self.stream.state_dict(),
+            "steps_taken": self.steps_taken,
+            "scale": [self.scale.value, self.scale.good_steps],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], seed: int) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: it is of another module, optimizer or scheduler.
+        """
+        where = f"level {self.problem.name!r}"
+        try:
+            self.problem.module.load_state_dict(state["module"])
+            self.problem.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{where}: expected a checkpoint of the same module and optimizer; {error}") from error
+        if (self.problem.scheduler is None) != (state["scheduler"] is None):
+            raise CheckpointError(f"{where}: expected a checkpoint with the same scheduler; one of the two has none")
+        if self.problem.scheduler is not None:
+            self.problem.scheduler.load_state_dict(state["scheduler"])
+        for name, buffer in _loose_buffers(self.problem.module):
+            buffer.copy_(state["loose_buffers"][name])
+        self.stream.seed = seed
+        self.stream.load_state_dict(state["stream"])
+        self.steps_taken = state["steps_taken"]
+        self.scale.value, self.scale.good_steps = state["scale"]
+        self.weights = Weights(self.level.variables.parameters, live=True)
+
+
+def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
+    """Move the state of an optimizer whose parameters were moved; step counters stay where the optimizer put them."""
+    for own in optimizer.state.values():
+        for key, value in own.items():
+            if isinstance(value, Tensor) and key != "step":
+                own[key] = value.to(device)
+
+
+def _loose_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    saved = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name not in saved]
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

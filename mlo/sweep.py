@@ -1,0 +1,393 @@
+"""The reverse sweep: total derivatives of a level's loss, one pullback a level, at any depth.
+
+The hypergradient of level u, with E(u) the levels solved inside u:
+
+    a_q  = dL_u/dw_q                          for q = u and for all q that u reads
+    for p in E(u), each before the levels that it responds to:
+        for q, c in estimator_p.pullback(a_p):   a_q += c
+    a_u is the hypergradient
+
+What a pullback goes through is a *record*: the engine writes down each step that may have to be differentiated (`Step`), and
+which steps made up one solve (`Solve`). A step's direction is the gradient of the level's total objective F_p, itself a sweep
+when levels are solved inside p. `replay` repeats a recorded solve as a pure function of the levels above it, so that F_p and its
+derivatives of any order are at hand. The start of every solve (weights, optimizer state) is a constant of the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from mlo.autodiff import Gradient, Gradients, LossCall, add, dense, inner_product, norm
+from mlo.levels import Calls, Tensors
+from mlo.optimizers import OptimizerState, Update
+from mlo.structure import Structure
+
+
+class Weights:
+    """One version of a level's variables.
+
+    The newest version is the module's own parameters; the engine copies them (`materialize`) just before they move, if a
+    record still refers to them.
+    """
+
+    __slots__ = ("live", "recorded", "tensors")
+
+    def __init__(self, tensors: Tensors, *, live: bool = False) -> None:
+        self.tensors = tensors
+        self.live = live
+        self.recorded = False
+
+    def materialize(self) -> None:
+        """Take a copy, because the module's parameters are about to change."""
+        self.tensors = tuple(t.detach().clone() for t in self.tensors)
+        self.live = False
+
+
+World = Mapping[str, Weights]
+"""The variables of all levels at one moment."""
+
+
+class Estimator(Protocol):
+    """How a best response is differentiated; see `mlo.Hypergradient`."""
+
+    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
+        """Pull a cotangent of the level's variables back onto what it responds to."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every sweep of one engine needs to know: the order of the levels and the estimator of each."""
+
+    structure: Structure
+    estimators: Mapping[str, Estimator]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recorded optimizer step of a level.
+
+    Attributes:
+        call: the level's loss with the batch, random draws, progress and buffers of the step.
+        world: the variables of all levels just before the step.
+        gradient: that the optimizer was given, before clipping.
+        update: the optimizer step.
+        inner: the solve of the levels inside this one that came before the step, if any.
+        calls: kept calls of other levels' modules, usable while those levels stand still.
+        create_graph: whether the step was repeated differentiably and its derivatives must be differentiable too.
+    """
+
+    context: Context
+    call: LossCall
+    world: World
+    gradient: Gradient
+    update: Update
+    inner: Solve | None = None
+    calls: Calls | None = None
+    create_graph: bool = False
+
+    @property
+    def level(self) -> str:
+        """Name of the level that took the step."""
+        return self.call.level
+
+    @property
+    def weights(self) -> Tensors:
+        """The level's variables just before the step."""
+        return self.world[self.level].tensors
+
+    def pull_back_update(
+        self, cotangent: Tensors, state_cotangent: OptimizerState | None = None
+    ) -> tuple[Tensors, Gradient, OptimizerState]:
+        """Pull cotangents of the weights and optimizer state after the step back through the optimizer (and clipping).
+
+        Returns:
+            The cotangents of the weights, of the gradient and of the optimizer state before the step.
+        """
+        return self.update.pull_back(
+            self.weights, self.gradient, cotangent, state_cotangent, create_graph=self.create_graph
+        )
+
+    def product(self, direction: Gradient, targets: Sequence[str]) -> dict[str, Tensors]:
+        """Return, for each level of `targets`, d/dw_q <dF_p/dw_p, direction>, exactly, by double backward.
+
+        For q = p this is the Hessian-vector product, for the others the mixed-partial vector product, transposed as a
+        pullback needs it; exact too where dF_p is computed by estimators that are not exact.
+        """
+        values = self._values(targets, self.weights)
+        inputs = {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
+        found = self._total(values, [self.level], create_graph=True, follows=targets)
+        scalar = inner_product(found.of[self.level], direction)
+        flat = [t for q in targets for t in inputs[q]]
+        leaves = self._kept.leaves if self._kept else []
+        if scalar is None or not scalar.requires_grad:
+            grads: Gradient = (None,) * (len(flat) + len(leaves))
+        else:
+            grads = torch.autograd.grad(scalar, [*flat, *leaves], allow_unused=True, create_graph=self.create_graph)
+        return self._split(grads, inputs)
+
+    def difference(self, direction: Gradient, targets: Sequence[str], radius: float) -> dict[str, Tensors]:
+        """Return what `product` returns by central differences of dF_p/dw_q, at w_p +- radius * direction / |direction|.
+
+        Relies on the symmetry of second derivatives. Error: O(radius^2) of the third derivative, plus rounding / radius.
+        """
+        tiny = torch.finfo(self.weights[0].dtype).tiny
+        length = radius / norm(direction).clamp(min=tiny)
+        sides: list[Gradient] = []
+        inputs: dict[str, Tensors] = {}
+        for sign in (1.0, -1.0):
+            moved = tuple(
+                w if d is None else w + (sign * length).to(w.dtype) * d for w, d in zip(self.weights, direction, strict=True)
+            )
+            values = self._values(targets, moved)
+            found = self._total(values, targets)
+            inputs = {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
+            sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
+        slope = tuple(
+            None if p is None or m is None else (p - m) / (2 * length).to(p.dtype) for p, m in zip(*sides, strict=True)
+        )
+        return self._split(slope, inputs)
+
+    def is_current(self, level: str, end: World) -> bool:
+        """Return whether the step read the version of `level` that its solve ended with."""
+        return self.world[level] is end[level]
+
+    @property
+    def _kept(self) -> Calls | None:
+        """The kept calls, if all levels that they read still stand where they stood."""
+        if self.calls is None or not all(self.world[c.level].live for c in self.calls.calls):
+            return None
+        return self.calls
+
+    def _values(self, targets: Iterable[str], own: Tensors) -> dict[str, Tensors]:
+        """Return the values to evaluate at; levels left out are read live, at their module's own parameters."""
+        values = {name: w.tensors for name, w in self.world.items() if not w.live}
+        for q in targets:
+            if q in values or self.inner is not None:  # a repeated solve must tell partial from total derivatives
+                values[q] = _fresh(self.world[q].tensors, self.create_graph)
+        values[self.level] = _fresh(own, self.create_graph)
+        return values
+
+    def _total(
+        self,
+        values: Mapping[str, Tensors],
+        wrt: Sequence[str],
+        *,
+        create_graph: bool = False,
+        follows: Sequence[str] = (),
+    ) -> Gradients:
+        return total_gradients(
+            self.context,
+            self.call,
+            self.inner,
+            values,
+            wrt,
+            create_graph=create_graph or self.create_graph,
+            replay=self._kept if self.inner is None else None,
+            follows=follows,
+        )
+
+    def _split(self, grads: Gradient, inputs: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        count = sum(len(t) for t in inputs.values())
+        flat = [t for tensors in inputs.values() for t in tensors]
+        own = grads[:count]
+        if self._kept and any(c is not None for c in grads[count:]):
+            own = add(own, tuple(self._kept.pull_back(grads[count:], flat)))
+        result, position = {}, 0
+        for q, tensors in inputs.items():
+            result[q] = dense(own[position : position + len(tensors)], tensors)
+            position += len(tensors)
+        return result
+
+
+@dataclass
+class Member:
+    """What one level did within a solve: its steps, and the solve of the levels inside it that came after the last."""
+
+    level: str
+    steps: Sequence[Step] = ()
+    final: Solve | None = None
+
+
+@dataclass
+class Solve:
+    """One solve of the levels inside `level`.
+
+    Attributes:
+        start: the variables of all levels when it began.
+        end: the variables of all levels when it ended.
+        members: in the order in which they were solved.
+    """
+
+    level: str
+    start: World
+    members: list[Member] = field(default_factory=list)
+    end: World = field(default_factory=dict)
+
+    def steps_of(self, level: str) -> Sequence[Step]:
+        """Return the recorded steps that led to the level's variables at the end of the solve, oldest first."""
+        for member in self.members:
+            if member.level == level:
+                return member.steps
+            if member.final is not None and (steps := member.final.steps_of(level)):
+                return steps
+        return ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """A level's best response, as an estimator sees it.
+
+    Attributes:
+        level: whose best response w_p* is to be differentiated.
+        targets: the levels that it responds to and whose cotangents are wanted.
+        steps: the recorded steps, oldest first.
+        end: the variables of all levels at the end of the solve.
+    """
+
+    level: str
+    targets: tuple[str, ...]
+    steps: Sequence[Step]
+    end: World
+
+    def zeros(self, level: str) -> Tensors:
+        """Return a zero cotangent of a level's variables."""
+        return tuple(torch.zeros_like(t) for t in self.end[level].tensors)
+
+    def current(self, step: Step) -> tuple[str, ...]:
+        """Return the targets that the step read as they are now.
+
+        The others moved after the step: what it read of them was their start, a constant of the solve.
+        """
+        return tuple(q for q in self.targets if step.is_current(q, self.end))
+
+
+def total_gradients(
+    context: Context,
+    call: LossCall,
+    solve: Solve | None,
+    values: Mapping[str, Tensors],
+    wrt: Sequence[str],
+    *,
+    create_graph: bool = False,
+    replay: Calls | None = None,
+    follows: Sequence[str] = (),
+) -> Gradients:
+    """Return total derivatives of a level's loss at any values, repeating the recorded solve of the levels inside it."""
+    if solve is None:
+        return call.gradients(values, wrt, create_graph=create_graph, replay=replay, follows=follows)
+    outer = {name: Weights(tensors) for name, tensors in values.items()}
+    repeated = replay_solve(context, solve, outer, create_graph=create_graph)
+    return sweep(context, call, repeated, repeated.end, wrt, create_graph=create_graph)
+
+
+def sweep(
+    context: Context,
+    call: LossCall,
+    solve: Solve | None,
+    world: World,
+    wrt: Sequence[str],
+    *,
+    create_graph: bool = False,
+    moves_buffers: bool = False,
+    autocast: bool = False,
+    record: Calls | None = None,
+    scale: float = 1.0,
+) -> Gradients:
+    """Return the total derivatives of a level's loss: its own reverse sweep over the levels solved inside it.
+
+    Args:
+        context: order and estimators.
+        call: the level's loss.
+        solve: the solve of the levels inside it; None if there are none.
+        world: the variables of all levels now.
+        wrt: the level itself and those that it responds to whose total derivatives are wanted.
+        create_graph: keep the result differentiable.
+        moves_buffers: whether the level's own buffers may move.
+        autocast: whether the loss runs in the backend's lower precision.
+        record: remembers the calls of other levels' modules.
+        scale: loss scale of the backward pass.
+    """
+    structure, level = context.structure, call.level
+    inside = structure.inside[level]
+    wanted = {*inside, *wrt}
+    attached_reads = structure.reads[level]
+    attached = [q for q in (level, *attached_reads) if q in wanted]
+    values = {name: w.tensors for name, w in world.items() if not w.live}
+    direct = call.gradients(
+        values,
+        attached,
+        create_graph=create_graph,
+        moves_buffers=moves_buffers,
+        autocast=autocast,
+        record=record,
+        follows=attached_reads if record is not None else (),
+        scale=scale,
+    )
+    total: dict[str, Gradient] = dict(direct.of)
+    for p in structure.sweep_order[level]:
+        gradient = total.get(p)
+        if gradient is None or all(g is None for g in gradient):
+            continue
+        assert solve is not None
+        targets = tuple(q for q in structure.responds_to[p] if q in wanted)
+        response = Response(p, targets, solve.steps_of(p), solve.end)
+        for q, c in context.estimators[p].pullback(dense(gradient, world[p].tensors), response).items():
+            if q in targets:
+                total[q] = add(total[q], c) if q in total else tuple(c)
+    none = {q: (None,) * len(world[q].tensors) for q in wrt if q not in total}
+    return replace(direct, of={q: total[q] for q in wrt if q in total} | none)
+
+
+def replay_solve(context: Context, solve: Solve, outer: World, *, create_graph: bool) -> Solve:
+    """Repeat a recorded solve, from its recorded start, with other values of the levels outside it."""
+    inside = context.structure.inside[solve.level]
+    now: dict[str, Weights] = {**solve.start, **{name: w for name, w in outer.items() if name not in inside}}
+    start = dict(now)
+    members = []
+    for member in solve.members:
+        steps: list[Step] = []
+        state: OptimizerState | None = None
+        for step in member.steps:
+            repeated, after, state = _replay_step(context, step, now, state, create_graph=create_graph)
+            steps.append(repeated)
+            if repeated.inner is not None:
+                now.update({q: repeated.inner.end[q] for q in context.structure.inside[member.level]})
+            now[member.level] = Weights(after)
+        final = None
+        if member.final is not None:
+            final = replay_solve(context, member.final, now, create_graph=create_graph)
+            now.update({q: final.end[q] for q in context.structure.inside[member.level]})
+        members.append(Member(member.level, steps, final))
+    return Solve(solve.level, start, members, dict(now))
+
+
+def _replay_step(
+    context: Context, step: Step, now: World, state: OptimizerState | None, *, create_graph: bool
+) -> tuple[Step, Tensors, OptimizerState]:
+    inner, world = None, dict(now)
+    if step.inner is not None:
+        inner = replay_solve(context, step.inner, now, create_graph=create_graph)
+        world.update({q: inner.end[q] for q in context.structure.inside[step.level]})
+    found = sweep(context, step.call, inner, world, [step.level], create_graph=create_graph)
+    gradient = tuple(
+        None if recorded is None else torch.zeros_like(recorded) if g is None else g
+        for recorded, g in zip(step.gradient, found.of[step.level], strict=True)
+    )
+    update = step.update if state is None else replace(step.update, state=state)
+    weights = now[step.level].tensors
+    after, new_state = update.apply(weights, gradient, update.state)
+    if not create_graph:
+        after = tuple(t.detach() for t in after)
+        new_state = tuple({name: t.detach() for name, t in own.items()} for own in new_state)
+    return Step(context, step.call, world, gradient, update, inner, None, create_graph), after, new_state
+
+
+def _fresh(tensors: Tensors, create_graph: bool) -> Tensors:
+    if create_graph:
+        return tuple(t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors)
+    return tuple(t.detach().requires_grad_() for t in tensors)
+

@@ -1,0 +1,144 @@
+"""What happens after every round: the progress bar, and the metrics' files.
+
+A callback is any object with `on_round(report)`; `Engine.run(callbacks=[...])` calls each after every round, in order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a callback learns of a round.
+
+    Attributes:
+        round: rounds done, counted from 1.
+        total_rounds: that the run is meant to have.
+        metrics: "LEVEL.NAME" -> value, each the mean over the level's steps in the round; those ending in "_seconds" are times.
+    """
+
+    round: int
+    total_rounds: int
+    metrics: Metrics
+
+
+class Callback(Protocol):
+    """Something to do after every round."""
+
+    def on_round(self, report: RoundReport) -> None:
+        """Use the report of the round just done."""
+
+
+class ProgressBar:
+    """A progress bar on standard error: round, time left, losses and accuracies by level.
+
+    Args:
+        title: shown in front.
+        done: rounds done before.
+        total: rounds of the whole run.
+    """
+
+    def __init__(self, title: str, done: int, total: int) -> None:
+        self._bar = tqdm(desc=title, initial=done, total=total, unit="round", dynamic_ncols=True, mininterval=0.2)
+
+    def on_round(self, report: RoundReport) -> None:
+        """Advance by one round."""
+        self._bar.set_postfix_str(summary(report.metrics), refresh=False)
+        self._bar.update(1)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+
+class JsonLines:
+    """One line of JSON a round, appended and flushed.
+
+    Args:
+        path: of the file.
+        fields: put in front of each line, such as the phase.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fields: Mapping[str, str] | None = None) -> None:
+        self._file: IO[str] = Path(path).open("a", encoding="utf-8")
+        self._fields = dict(fields or {})
+
+    def on_round(self, report: RoundReport) -> None:
+        """Append the round."""
+        self._file.write(json.dumps({**self._fields, "round": report.round, **report.metrics}) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard scalars, one a metric.
+
+    Args:
+        folder: for the event files.
+        prefix: put in front of each tag.
+        done: rounds done before; events of later rounds, left by an interrupted run, are hidden.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], prefix: str = "", done: int = 0) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        self._prefix = prefix
+
+    def on_round(self, report: RoundReport) -> None:
+        """Write the round."""
+        for name, value in report.metrics.items():
+            self._writer.add_scalar(self._prefix + name.replace(".", "/"), value, report.round)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._writer.close()
+
+
+def cut_metrics(path: str | os.PathLike[str], keep: Iterable[Mapping[str, object]]) -> None:
+    """Rewrite a file of JSON lines so that it holds just `keep`, atomically."""
+    target = Path(path)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in keep), encoding="utf-8")
+    temporary.replace(target)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, object]]:
+    """Read a file of JSON lines; a last line that was cut off in the middle is left out."""
+    lines: list[dict[str, object]] = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def summary(metrics: Metrics) -> str:
+    """Return the losses and accuracies in a short form: "teacher 1.23 (54%), student 0.98 (61%)"."""
+    parts = []
+    for name, value in metrics.items():
+        level, _, metric = name.partition(".")
+        if metric == "loss":
+            shown = [f"{v:.0%}" for n, v in metrics.items() if n.startswith(f"{level}.") and n.endswith("accuracy")]
+            parts.append(f"{level} {value:.3g}" + (f" ({', '.join(shown)})" if shown else ""))
+    return ", ".join(parts)
