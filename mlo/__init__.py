@@ -8,8 +8,8 @@ from mlo.levels import Levels, Output, Tensors
 from mlo.optimizers import register_optimizer
 from mlo.problem import Problem
 from mlo.sweep import Response, Step
+from mlo.version import __version__
 
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
@@ -30,5 +30,6 @@ __all__ = [
     "Step",
     "Tensors",
     "Unroll",
+    "__version__",
     "register_optimizer",
 ]

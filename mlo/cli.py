@@ -1,0 +1,158 @@
+"""The command line: list, run, resume, graph.
+
+A user's mistake ends with one message on standard error and exit status 2; an interrupted run with 128 + the signal's number.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlo.drawing import describe_graph, draw_graph
+from mlo.errors import MloError, RecipeError
+from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
+from mlo.runs import Experiment, Interrupted, Run, resume
+from mlo.version import __version__
+
+
+class _Commands(click.Group):
+    """Ends a command that raised an error of ours with its message."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except MloError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mlo")
+def main() -> None:
+    """Multi-level optimization on PyTorch: run recipes, resume runs, look at graphs.
+
+    \b
+    Example:
+        mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
+    """  # noqa: D301 - click's marker
+
+
+@main.command("list")
+def list_command() -> None:
+    """List the bundled recipes.
+
+    \b
+    Example:
+        mlo list
+    """  # noqa: D301
+    recipes = list_recipes()
+    width = max((len(name) for name, _ in recipes), default=0)
+    for name, description in recipes:
+        click.echo(f"{name:<{width}}  {description}")
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value; may be repeated.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of all random draws; short for --set seed=N.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps; short for --set device=D.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Of the search; short for --set rounds=N.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder of the run  [default: runs/RECIPE/TIME]")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    device: str | None,
+    rounds: int | None,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """Run RECIPE, a bundled one (see mlo list) or the path of a YAML file.
+
+    \b
+    Example:
+        mlo run lbt/digits --seed 1 --output runs/first
+        mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
+    """  # noqa: D301
+    short = {"seed": seed, "device": device, "rounds": rounds}
+    loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
+    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    folder = output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    _execute(Run.begin(folder, loaded, name, progress=not quiet))
+
+
+@main.command("resume")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def resume_command(folder: Path, quiet: bool) -> None:
+    """Go on with the interrupted run in FOLDER, exactly where its newest checkpoint is.
+
+    \b
+    Example:
+        mlo resume runs/first
+    """  # noqa: D301
+    found = resume(folder, _load, progress=not quiet)
+    if found.finished:
+        _experiment(found.recipe).report(found)
+        click.echo(f"{folder}: this run is finished; nothing to do.")
+        _show(found.result(), folder)
+        return
+    _execute(found)
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value; may be repeated.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="graph.png",
+    show_default=True,
+    help="Picture to write: .png, .svg or .pdf.",
+)
+def graph(recipe: str, overrides: tuple[str, ...], output: Path) -> None:
+    """Draw the level graph of RECIPE: levels, edges, and how each best response is differentiated.
+
+    \b
+    Example:
+        mlo graph lbt/digits --output lbt.svg
+    """  # noqa: D301
+    built = _experiment(_load(recipe, overrides)).graph()
+    click.echo(describe_graph(built))
+    draw_graph(built, output)
+    click.echo(f"\nPicture: {output}")
+
+
+def _load(recipe: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    return load_recipe(recipe, overrides, schemas={name: kind.recipe_type for name, kind in installed_problems().items()})
+
+
+def _experiment(recipe: Recipe) -> Experiment:
+    kind = installed_problems()[recipe.problem]
+    if not issubclass(kind, Experiment):
+        raise RecipeError(f"problem {recipe.problem!r}: expected a subclass of mlo.runs.Experiment; found {kind!r}")
+    return kind(recipe)
+
+
+def _execute(run: Run) -> None:
+    try:
+        result = run.execute(_experiment(run.recipe))
+    except Interrupted as interruption:
+        click.echo(f"\nStopped and saved. Go on with:\n\n    mlo resume {run.folder}", err=True)
+        sys.exit(128 + interruption.signal_number)
+    _show(result, run.folder)
+
+
+def _show(result: Mapping[str, Any], folder: Path) -> None:
+    """Print the figures of a result, and where the rest is."""
+    figures = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+    width = max(map(len, figures))
+    for key, value in figures.items():
+        click.echo(f"{key:<{width}}  {value:.4g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
+    page = folder / "report.html"
+    click.echo(f"\n{'Report' if page.exists() else 'Folder'}: {page if page.exists() else folder}")

@@ -1,0 +1,152 @@
+"""What a recipe says about one level: its optimizer, its schedule, and how its best response is differentiated.
+
+Used by the schemas of problems. The kinds of `hypergradient` are those of `mlo.hypergradients.KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from mlo.hypergradients import KINDS, Hypergradient
+from mlo.problem import Loss, Problem
+from mlo.recipes.kinds import Buildable, RecipePart, kind_union
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""The factor that a running average keeps of itself in one step."""
+
+
+class SGDRecipe(RecipePart):
+    """`torch.optim.SGD`."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: PositiveFloat
+    momentum: Decay = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    nesterov: bool = False
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> SGDRecipe:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov needs a momentum greater than 0 and a dampening of 0")
+        return self
+
+    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.SGD:
+        """Make the optimizer of `parameters`."""
+        return torch.optim.SGD(
+            parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            dampening=self.dampening,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+
+
+class AdamRecipe(RecipePart):
+    """`torch.optim.Adam`; `weight_decay` is coupled, which is to say added to the gradient."""
+
+    kind: Literal["adam"] = "adam"
+    learning_rate: PositiveFloat
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Adam:
+        """Make the optimizer of `parameters`."""
+        return torch.optim.Adam(
+            parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+
+class AdamWRecipe(RecipePart):
+    """`torch.optim.AdamW`; `weight_decay` is decoupled, and by default PyTorch's 0.01."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+
+    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.AdamW:
+        """Make the optimizer of `parameters`."""
+        return torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+
+class ConstantRecipe(RecipePart):
+    """The learning rate stays what the optimizer says."""
+
+    kind: Literal["constant"] = "constant"
+
+    def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        """Make no scheduler."""
+
+
+class CosineRecipe(RecipePart):
+    """The learning rate falls along half a cosine, from the optimizer's to `final_learning_rate`."""
+
+    kind: Literal["cosine"] = "cosine"
+    final_learning_rate: NonNegativeFloat = 0.0
+
+    def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+        """Make the scheduler, to be stepped once after each step of `optimizer`; it ends after `total_steps`."""
+        return CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=self.final_learning_rate)
+
+
+OptimizerRecipe: TypeAlias = Annotated[SGDRecipe | AdamRecipe | AdamWRecipe, Field(discriminator="kind")]
+SchedulerRecipe: TypeAlias = Annotated[ConstantRecipe | CosineRecipe, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    HypergradientRecipe: TypeAlias = Buildable[Hypergradient]
+else:
+    HypergradientRecipe = kind_union(KINDS)
+
+
+class LevelRecipe(RecipePart):
+    """One level.
+
+    Attributes:
+        optimizer: what moves the level's variables.
+        scheduler: how its learning rate changes, per optimizer step.
+        hypergradient: how the level's best response is differentiated; a top level's is ignored.
+        steps: the optimizer steps that the level takes per step of the levels above it.
+        clip_norm: the norm that its gradients are clipped to, or None.
+    """
+
+    optimizer: OptimizerRecipe
+    scheduler: SchedulerRecipe = ConstantRecipe()
+    hypergradient: HypergradientRecipe = Field(default={"kind": "finite_difference"}, validate_default=True)
+    steps: PositiveInt = 1
+    clip_norm: PositiveFloat | None = None
+
+    def declare(
+        self, name: str, module: nn.Module, loss: Loss, data: Iterable[Any] | None, *, total_steps: int
+    ) -> Problem:
+        """Declare the level, its optimizer and scheduler built over `module`.
+
+        Args:
+            name: the level's name.
+            module: whose parameters are its variables.
+            loss: `loss(levels, batch)`.
+            data: its batches.
+            total_steps: the optimizer steps that the scheduler is to span.
+        """
+        optimizer = self.optimizer.build(p for p in module.parameters() if p.requires_grad)
+        return Problem(
+            name,
+            module,
+            loss,
+            optimizer,
+            data,
+            hypergradient=self.hypergradient.build(),
+            steps=self.steps,
+            scheduler=self.scheduler.build(optimizer, total_steps),
+            clip_norm=self.clip_norm,
+        )

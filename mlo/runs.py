@@ -1,0 +1,299 @@
+"""A run: a recipe, a folder, and the phases that its problem trains in; interrupted anywhere, it goes on exactly.
+
+A problem's `run` is plain code that trains one engine after another through `Run.train`. To resume, the same code is executed
+again: a phase that was finished loads its last checkpoint instead of training, the one that was interrupted goes on from its
+newest, and later ones begin. Everything else in `run` must follow from the recipe and from the engines.
+
+The folder:
+
+    recipe.yaml     the resolved recipe; replays the run
+    metrics.jsonl   one line a round, of all phases
+    tensorboard/    the same as events
+    checkpoints/    PHASE-ROUND.pt, the two newest of each phase
+    result.json     written last: a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import os
+import platform
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+import numpy
+import torch
+import torchvision
+
+from mlo.engine import Engine
+from mlo.errors import CheckpointError, MloError
+from mlo.graph import Graph
+from mlo.recipes import Recipe, dump_recipe
+from mlo.tracking import JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
+from mlo.version import __version__
+
+_KEPT_CHECKPOINTS = 2
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: everything is saved
+    """The run was asked to stop, and has saved.
+
+    Attributes:
+        signal_number: that asked for it.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+class Experiment(abc.ABC):
+    """What an entry point of the group "mlo.problems" names: a problem that recipes can run.
+
+    Args:
+        recipe: an instance of `recipe_type`.
+    """
+
+    recipe_type: ClassVar[type[Recipe]]
+
+    @abc.abstractmethod
+    def __init__(self, recipe: Any) -> None:
+        """Remember the recipe; build nothing expensive."""
+
+    @abc.abstractmethod
+    def graph(self) -> Graph:
+        """Build the problem's main graph."""
+
+    @abc.abstractmethod
+    def run(self, run: Run) -> Mapping[str, Any]:
+        """Train all phases through `run.train`, write files into `run.folder`, and return the figures of `result.json`."""
+
+    def report(self, run: Run) -> None:  # noqa: B027 - optional
+        """Write pages about a finished run into its folder; nothing by default."""
+
+
+class Run:
+    """A recipe at work in a folder.
+
+    Args:
+        folder: of the run; made by `begin`, found by `resume`.
+        recipe: resolved.
+        name: of the recipe, as the user called it.
+        progress: show progress bars.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, name: str, *, progress: bool = True) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.name = name
+        self._progress = progress
+        self._engine: Engine | None = None
+        self._signal: int | None = None
+
+    @classmethod
+    def begin(cls, folder: str | os.PathLike[str], recipe: Recipe, name: str, *, progress: bool = True) -> Run:
+        """Make the folder of a new run.
+
+        Raises:
+            MloError: the folder exists and is not empty.
+        """
+        path = Path(folder)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise MloError(
+                f"{path}: expected a new or empty folder for the run; found files. Choose another --output, or go on with that run: "
+                f"mlo resume {path}"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        # The name stands in a comment, so that the file is the recipe and nothing else.
+        (path / "recipe.yaml").write_text(f"# {name}\n{dump_recipe(recipe)}", encoding="utf-8")
+        return cls(path, recipe, name, progress=progress)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its result."""
+        return (self.folder / "result.json").exists()
+
+    def execute(self, experiment: Experiment) -> dict[str, Any]:
+        """Run or go on with the experiment, and write its result.
+
+        Raises:
+            Interrupted: by SIGINT or SIGTERM; everything is saved.
+        """
+        with self._stoppable():
+            figures = dict(experiment.run(self))
+        result = {**figures, "seed": self.recipe.seed, "recipe": self.name, "versions": versions()}
+        write_json(self.folder / "result.json", result)
+        experiment.report(self)
+        return result
+
+    def result(self) -> dict[str, Any]:
+        """Return the result of a finished run."""
+        return dict(json.loads((self.folder / "result.json").read_text(encoding="utf-8")))
+
+    def train(self, phase: str, graph: Graph, rounds: int, **options: Any) -> Engine:
+        """Train a graph to `rounds` rounds, or load the engine that has been.
+
+        Args:
+            phase: name of the phase, different from that of any other.
+            graph: freshly built, the same at every execution.
+            rounds: of the whole phase.
+            options: of the engine, such as `rollback`.
+
+        Raises:
+            Interrupted: the run was asked to stop; the engine is saved.
+        """
+        self._check_signal()
+        engine = Engine(
+            graph, seed=self.recipe.seed, device=self.recipe.device, precision=self.recipe.precision, **options
+        )
+        checkpoints = Checkpoints(self.folder / "checkpoints", phase)
+        checkpoints.restore(engine)
+        if engine.rounds_done >= rounds:
+            return engine
+        metrics = self.folder / "metrics.jsonl"
+        self._cut(metrics, phase, engine.rounds_done)
+
+        def keep(report: RoundReport) -> None:
+            if report.round % self.recipe.checkpoint_every == 0:
+                checkpoints.save(engine)
+
+        self._engine = engine
+        with ExitStack() as stack:
+            callbacks = [
+                stack.enter_context(JsonLines(metrics, {"phase": phase})),
+                stack.enter_context(TensorBoard(self.folder / "tensorboard", f"{phase}/", engine.rounds_done)),
+                _Then(keep),
+            ]
+            engine.run(
+                rounds - engine.rounds_done,
+                total_rounds=rounds,
+                callbacks=callbacks,
+                progress=self._progress,
+                title=phase.replace("_", " "),
+            )
+        self._engine = None
+        checkpoints.save(engine)
+        self._check_signal()
+        return engine
+
+    def seconds(self, phase: str) -> float:
+        """Return the time that a phase's rounds took, interruptions left out."""
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return sum(float(str(line["round_seconds"])) for line in lines if line["phase"] == phase)
+
+    def _cut(self, metrics: Path, phase: str, rounds_done: int) -> None:
+        """Cut the metrics back to the checkpoint that the phase goes on from."""
+        if not metrics.exists():
+            return
+        lines = read_metrics(metrics)
+        keep = [line for line in lines if line["phase"] != phase or int(str(line["round"])) <= rounds_done]
+        cut_metrics(metrics, keep)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            if self._signal is not None:
+                raise KeyboardInterrupt  # asked twice
+            self._signal = number
+            if self._engine is not None:
+                self._engine.stop()
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _check_signal(self) -> None:
+        if self._signal is not None:
+            raise Interrupted(self._signal)
+
+
+class Checkpoints:
+    """The checkpoints of one phase: the newest two, so that a damaged one costs a few rounds and not the run.
+
+    Args:
+        folder: of all checkpoints.
+        phase: that they belong to.
+    """
+
+    def __init__(self, folder: Path, phase: str) -> None:
+        self._folder = folder
+        self._phase = phase
+
+    def save(self, engine: Engine) -> None:
+        """Write a checkpoint and remove all but the newest."""
+        engine.save(self._folder / f"{self._phase}-{engine.rounds_done:08d}.pt")
+        for path in self._newest_first()[_KEPT_CHECKPOINTS:]:
+            path.unlink()
+
+    def restore(self, engine: Engine) -> None:
+        """Load the newest checkpoint that can be read, if there is one."""
+        for path in self._newest_first():
+            try:
+                engine.load(path)
+            except CheckpointError as error:
+                warnings.warn(f"{error}; going back to the one before", stacklevel=2)
+            else:
+                return
+
+    def _newest_first(self) -> list[Path]:
+        name = re.compile(re.escape(self._phase) + r"-\d{8}\.pt")
+        found = self._folder.glob("*.pt") if self._folder.is_dir() else ()
+        return sorted((path for path in found if name.fullmatch(path.name)), reverse=True)
+
+
+class _Then:
+    """A function as a callback."""
+
+    def __init__(self, function: Any) -> None:
+        self.on_round = function
+
+
+def resume(folder: str | os.PathLike[str], load: Any, *, progress: bool = True) -> Run:
+    """Find a run in its folder.
+
+    Args:
+        folder: of the run.
+        load: reads a recipe from a path.
+        progress: show progress bars.
+
+    Raises:
+        MloError: there is no run in the folder.
+    """
+    path = Path(folder) / "recipe.yaml"
+    if not path.is_file():
+        raise MloError(f"{folder}: expected the folder of a run; found no recipe.yaml in it")
+    name = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+    return Run(Path(folder), load(path), name, progress=progress)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file, atomically."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "mlo": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }

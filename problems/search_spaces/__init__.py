@@ -1,0 +1,32 @@
+"""The DARTS family of search spaces: primitives, cells, supernet, genotypes and evaluation network, each once."""
+
+from problems.search_spaces.darts import (
+    DARTS,
+    DARTS_PRIMITIVES,
+    CellWeights,
+    SearchSpace,
+    discretize,
+    random_genotype,
+)
+from problems.search_spaces.evaluation import EvaluationNetwork, Logits
+from problems.search_spaces.genotypes import PUBLISHED, Genotype
+from problems.search_spaces.primitives import PRIMITIVES
+from problems.search_spaces.supernet import Architecture, Relaxation, Supernet, softmax_relaxation
+
+__all__ = [
+    "DARTS",
+    "DARTS_PRIMITIVES",
+    "PRIMITIVES",
+    "PUBLISHED",
+    "Architecture",
+    "CellWeights",
+    "EvaluationNetwork",
+    "Genotype",
+    "Logits",
+    "Relaxation",
+    "SearchSpace",
+    "Supernet",
+    "discretize",
+    "random_genotype",
+    "softmax_relaxation",
+]

@@ -1,0 +1,157 @@
+"""Random graphs of small tanh networks, declared twice: for the package and for the reference."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import mlo
+
+from .reference import Reference, ReferenceLevel
+
+OPTIMIZERS = (
+    {"kind": "sgd", "lr": 0.3},
+    {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.02, "dampening": 0.2},
+    {"kind": "sgd", "lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+    {"kind": "adam", "lr": 0.05, "weight_decay": 0.03, "eps": 1e-4},
+    {"kind": "adamw", "lr": 0.05, "weight_decay": 0.2, "eps": 1e-4},
+)
+
+
+def make_optimizer(options, parameters):
+    options = {k: v for k, v in options.items() if k != "kind"}
+    return parameters and {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.pop("_kind")](
+        parameters, **options
+    )
+
+
+@dataclass
+class RandomGraph:
+    names: list[str]
+    reads: dict[str, set[str]]
+    modules: dict[str, nn.Module]
+    options: dict[str, dict]
+    steps: dict[str, int]
+    clips: dict[str, float | None]
+    batches: dict[str, list]
+
+    def loss(self, name):
+        sources = sorted(self.reads[name])
+
+        def compute(call, batch):
+            x, y = batch
+            hidden = x
+            for source in sources:
+                hidden = hidden + call(source, x)
+            return (call(name, hidden) - y).square().mean()
+
+        return compute
+
+    def engine(self, estimators, *, seed=0, **options) -> mlo.Engine:
+        def declared(name):
+            compute = self.loss(name)
+            return lambda levels, batch: compute(lambda q, x: getattr(levels, q)(x), batch)
+
+        problems = [
+            mlo.Problem(
+                name,
+                self.modules[name],
+                declared(name),
+                self.optimizer(name),
+                self.batches[name],
+                hypergradient=estimators[name] if isinstance(estimators, dict) else estimators,
+                steps=self.steps[name],
+                clip_norm=self.clips[name],
+            )
+            for name in self.names
+        ]
+        edges = [mlo.Edge(source, target) for target in self.names for source in sorted(self.reads[target])]
+        return mlo.Engine(mlo.Graph(problems, edges), seed=seed, device="cpu", **options)
+
+    def optimizer(self, name):
+        options = dict(self.options[name])
+        kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.pop("kind")]
+        return kind(self.modules[name].parameters(), **options)
+
+    def reference(self, engine: mlo.Engine) -> Reference:
+        """The reference, from the state that the engine is in."""
+        levels, drawn, states = [], {}, {}
+        for name in self.names:
+            module, compute = self.modules[name], self.loss(name)
+
+            def loss(values, batch, compute=compute):
+                def call(q, x):
+                    keys = [n for n, _ in self.modules[q].named_parameters()]
+                    return functional_call(self.modules[q], dict(zip(keys, values[q], strict=True)), (x,))
+
+                return compute(call, batch)
+
+            levels.append(
+                ReferenceLevel(
+                    name, loss, self.batches[name], self.options[name], self.steps[name], self.clips[name]
+                )
+            )
+            optimizer = engine.graph[name].optimizer
+            names = {"momentum_buffer": "buf", "exp_avg": "m", "exp_avg_sq": "v"}
+            states[name] = []
+            for p in module.parameters():
+                own = optimizer.state.get(p, {})
+                state = {names[k]: v.detach().clone() for k, v in own.items() if k in names and v is not None}
+                if "step" in own:
+                    state["t"] = int(own["step"])
+                states[name].append(state)
+            drawn[name] = self.steps_taken(engine, name)
+        return Reference(levels, self.reads, drawn, states)
+
+    def values(self):
+        return {n: [p.detach().clone() for p in m.parameters()] for n, m in self.modules.items()}
+
+    @staticmethod
+    def steps_taken(engine, name):
+        return engine._states[name].steps_taken
+
+
+def draw_graph(seed: int, num_levels: int, *, density: float = 0.6, nested: bool = False) -> RandomGraph:
+    """Draw a valid graph; with `nested`, one in which some level is solved inside one that is solved inside another."""
+    rng = random.Random(seed)
+    names = [f"level{i}" for i in range(num_levels)]
+    while True:
+        reads = {t: {s for s in names if s != t and rng.random() < density} for t in names}
+        probe = Reference([ReferenceLevel(n, lambda v, b: None, [], {}) for n in names], reads)
+        influences = all(_reaches_above(names, reads, n) for n in names[:-1])
+        has_nest = any(q in probe.inside(p) and probe.inside(q) for p in names for q in names)
+        if influences and probe.inside(names[-1]) and has_nest == nested:
+            break
+    generator = torch.Generator().manual_seed(seed)
+
+    def network():
+        net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7)
+        return net
+
+    def batch():
+        x = torch.randn(4, 2, generator=generator, dtype=torch.float64)
+        return x, torch.randn(4, 2, generator=generator, dtype=torch.float64)
+
+    return RandomGraph(
+        names,
+        reads,
+        {n: network() for n in names},
+        {n: dict(rng.choice(OPTIMIZERS)) for n in names},
+        {n: rng.choice((1, 2, 3)) if num_levels < 4 else rng.choice((1, 2)) for n in names},
+        {n: rng.choice((None, 0.3)) for n in names},
+        {n: [batch() for _ in range(rng.choice((1, 2, 3)))] for n in names},
+    )
+
+
+def _reaches_above(names, reads, start):
+    found = {start}
+    for _ in names:
+        found |= {t for t in names if reads[t] & found}
+    return any(names.index(n) > names.index(start) for n in found)
