@@ -31,10 +31,11 @@ PICTURES = ("cell_normal.svg", "cell_reduce.svg", "alphas.png", "curves.png", "g
 
 _TEXTS = ("recipe.yaml", "result.json", "genotype.json", "metrics.jsonl")
 _MIME = {".svg": "image/svg+xml", ".png": "image/png"}
-_RESULTS = (
+_NUMBERS = (
     *("test_error", "random_cell_test_error", "alpha_change", "num_parameters"),
-    *("search_seconds", "evaluation_seconds", "seed", "recipe", "versions"),
+    *("search_seconds", "evaluation_seconds"),
 )
+_RESULTS = (*_NUMBERS, "seed", "recipe", "versions")
 _KINDS = ("loss", "accuracy")
 _COLORS = ("#1668b0", "#c9480a", "#157a5a", "#7b4aa8", "#a97a10", "#b02a5b", "#4a5560")
 # Longer series than this are drawn pale, under a running mean over one part in _NUM_PARTS of them.
@@ -154,6 +155,9 @@ def write_report(folder: str | Path) -> Path:
     if missing:
         raise MloError(f"Expected a finished run in {folder}. Missing there: {', '.join(missing)}.")
     result = _load(folder / "result.json", _RESULTS)
+    for key in _NUMBERS:
+        if not _is_finite(result[key]):
+            raise MloError(f"{folder / 'result.json'}: expected {key!r} to be a finite number. Got {result[key]!r}.")
     genotype = _load(folder / "genotype.json", [field.name for field in fields(Genotype)])
     try:
         checked = Genotype.from_json(genotype)

@@ -201,14 +201,18 @@ def _place(columns: Sequence[Sequence[Item]], lines: Sequence[Sequence[Item]]) -
     for column in columns:
         for index, item in enumerate(column):
             item.y = index - len(column) / 2
+    pulls = {item: _pulls(item) for column in columns for item in column}
     forth = range(len(columns))
     for index in itertools.chain.from_iterable([*forth, *reversed(forth)] for _ in range(_NUM_RELAXATIONS)):
         column = columns[index]
         rooms = [(upper.height + lower.height) / 2 + _CLEARANCE for upper, lower in itertools.pairwise(column)]
         depths = list(itertools.accumulate(rooms, initial=0.0))
-        wishes = [_wish(item) for item in column]
-        fit = _isotonic([(wish - depth, weight) for (wish, weight), depth in zip(wishes, depths, strict=True)])
-        for item, value, depth in zip(column, fit, depths, strict=True):
+        wishes = []
+        for item, depth in zip(column, depths, strict=True):
+            total = sum(weight for _, _, weight in pulls[item])
+            height = sum((other.y + offset) * weight for other, offset, weight in pulls[item]) / total
+            wishes.append((height - depth, total))
+        for item, value, depth in zip(column, _isotonic(wishes), depths, strict=True):
             item.y = value + depth
     for line in lines:
         _straighten([item for item in line if item.kind == "bend"], columns)
@@ -242,14 +246,12 @@ def _room(item: Item, columns: Sequence[Sequence[Item]]) -> tuple[float, float]:
     return high, low
 
 
-def _wish(item: Item) -> tuple[float, float]:
-    """The height at which an item's lines are straightest, and how much that matters."""
-    pulls = [(source.exit(item) - item.entry(source), _stiffness(item, source)) for source in item.before]
-    pulls += [(target.entry(item) - item.exit(target), _stiffness(item, target)) for target in item.after]
-    total = sum(weight for _, weight in pulls)
-    if not pulls:
-        return item.y, 1e-3
-    return item.y + sum(pull * weight for pull, weight in pulls) / total, total
+def _pulls(item: Item) -> list[tuple[Item, float, float]]:
+    """What draws an item to a height: a neighbour, how far below it the line between them is level, how strongly."""
+    level = [(other, _port(other.after, item) - _port(item.before, other)) for other in item.before]
+    level += [(other, _port(other.before, item) - _port(item.after, other)) for other in item.after]
+    # An item without lines stays where it is.
+    return [(other, offset, _stiffness(item, other)) for other, offset in level] or [(item, 0.0, 1.0)]
 
 
 def _stiffness(one: Item, other: Item) -> float:

@@ -1,0 +1,185 @@
+"""Saving and resuming: bit for bit, or a clear refusal."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mlo
+from mlo.checkpoint import read_checkpoint, write_checkpoint
+
+from .toys import assert_same_state, state_of, three_levels
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 5])
+def test_rounds_and_resumed_rounds_equal_an_uninterrupted_run(tmp_path, rounds):
+    """Epochs have two batches and a round draws two for the teacher, one for the others: all positions occur."""
+    whole = three_levels(steps=3)
+    metrics = whole.run(8, progress=False)
+    first = three_levels(steps=3)
+    first.run(rounds, total_rounds=8, progress=False)
+    first.save(tmp_path / "a.pt")
+    second = three_levels(steps=3, seed=7)  # the checkpoint's seed wins
+    second.load(tmp_path / "a.pt")
+    assert_same_state(state_of(second), state_of(first))
+    resumed = second.run(8 - rounds, progress=False)
+    assert_same_state(state_of(second), state_of(whole))
+    assert {k: v for k, v in resumed.items() if k != "round_seconds"} == {
+        k: v for k, v in metrics.items() if k != "round_seconds"
+    }
+
+
+def test_saving_after_a_query_saves_the_position_before_it(tmp_path):
+    plain, queried = three_levels(), three_levels()
+    for engine in (plain, queried):
+        engine.run(2, progress=False)
+    queried.hypergradient("gate")
+    queried.save(tmp_path / "q.pt")
+    resumed = three_levels()
+    resumed.load(tmp_path / "q.pt")
+    for engine in (plain, queried, resumed):
+        engine.run(3, progress=False)
+    assert_same_state(state_of(resumed), state_of(plain))
+    assert_same_state(state_of(queried), state_of(plain))
+
+
+def one_level(data):
+    torch.manual_seed(0)
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    problem = mlo.Problem(
+        "w", module, lambda levels, batch: levels.w(as_tensor(batch)).square().mean(), optimizer, data
+    )
+    return mlo.Engine(mlo.Graph([problem]), device="cpu")
+
+
+def as_tensor(batch):
+    return (batch[0] if isinstance(batch, (list, tuple)) else batch).float().reshape(-1, 2)
+
+
+def own_generator():
+    data = TensorDataset(torch.arange(20.0).reshape(10, 2))
+    return DataLoader(data, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+class Counter:
+    """Data with a state of its own, like torchdata's StatefulDataLoader."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        while True:
+            self.position += 1
+            yield torch.full((1, 2), float(self.position % 7))
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+@pytest.mark.parametrize("make", [own_generator, Counter], ids=["loader with a generator", "stateful data"])
+@pytest.mark.parametrize("queried", [False, True])
+def test_data_with_a_state_of_its_own_resumes_exactly(tmp_path, make, queried):
+    whole = one_level(make())
+    whole.run(9, progress=False)
+    first = one_level(make())
+    first.run(5, progress=False)
+    if queried:
+        first.hypergradient("w")
+    first.save(tmp_path / "a.pt")
+    second = one_level(make())
+    second.load(tmp_path / "a.pt")
+    second.run(4, progress=False)
+    assert_same_state(state_of(second), state_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (iter([torch.ones(1, 2)] * 9), "an iterator that cannot go back"),
+        (
+            DataLoader(TensorDataset(torch.ones(4, 2)), num_workers=1, persistent_workers=True),
+            "a DataLoader with persistent_workers",
+        ),
+    ],
+    ids=["iterator", "persistent workers"],
+)
+def test_data_that_cannot_be_resumed_is_refused_when_saving(tmp_path, data, found):
+    engine = one_level(data)
+    with pytest.raises(mlo.CheckpointError, match=f"data of level 'w': expected something that can be resumed .* {found}"):
+        engine.save(tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exhausted_iterator_says_what_to_pass_instead():
+    engine = one_level(iter([torch.ones(1, 2)] * 3))
+    with pytest.raises(mlo.MloError, match=r"data of level 'w': expected an iterable of batches that can be iterated again"):
+        engine.run(5, progress=False)
+
+
+def test_a_damaged_checkpoint_is_noticed(tmp_path):
+    engine = three_levels()
+    path = tmp_path / "a.pt"
+    engine.save(path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(b ^ 0xFF for b in content[middle : middle + 40])
+    path.write_bytes(content)
+    before = state_of(engine)
+    with pytest.raises(mlo.CheckpointError, match="damaged|cannot be read"):
+        engine.load(path)
+    assert_same_state(state_of(engine), before)
+    path.write_bytes(content[:middle])
+    with pytest.raises(mlo.CheckpointError, match="cannot be read"):
+        engine.load(path)
+
+
+def test_missing_and_foreign_files_are_told_apart(tmp_path):
+    with pytest.raises(mlo.CheckpointError, match="found no file"):
+        read_checkpoint(tmp_path / "none.pt")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(mlo.CheckpointError, match="found another torch file"):
+        read_checkpoint(tmp_path / "other.pt")
+    torch.save({"format": 99}, tmp_path / "later.pt")
+    with pytest.raises(mlo.CheckpointError, match="expected checkpoint format 1; found 99"):
+        read_checkpoint(tmp_path / "later.pt")
+
+
+def test_a_checkpoint_of_another_graph_changes_nothing(tmp_path):
+    other = one_level([torch.ones(1, 2)])
+    other.save(tmp_path / "other.pt")
+    engine = three_levels()
+    before = state_of(engine)
+    with pytest.raises(mlo.CheckpointError, match="expected a checkpoint of the levels teacher, student, gate; found w"):
+        engine.load(tmp_path / "other.pt")
+    assert_same_state(state_of(engine), before)
+
+
+def test_a_checkpoint_of_another_module_changes_nothing(tmp_path):
+    engine = three_levels()
+    engine.run(1, progress=False)
+    engine.save(tmp_path / "a.pt")
+    other = three_levels()
+    other.graph["student"].module[6] = nn.Linear(64, 5)
+    before = state_of(other)
+    with pytest.raises(mlo.CheckpointError, match="level 'student': expected a checkpoint of the same module"):
+        other.load(tmp_path / "a.pt")
+    assert_same_state(state_of(other), before)
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    write_checkpoint(path, {"x": 1})
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(mlo.CheckpointError, match="disk full.*the one before it is untouched"):
+        write_checkpoint(path, {"x": 2})
+    monkeypatch.undo()
+    assert read_checkpoint(path) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]

@@ -1,0 +1,301 @@
+"""The loop: schedule, purity, rollback, and what a user is told."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mlo
+
+from .toys import assert_same_state, state_of, three_levels
+
+
+@pytest.mark.parametrize("estimator", [mlo.FiniteDifference(), mlo.Unroll(), mlo.FirstOrder()], ids=repr)
+@pytest.mark.parametrize("rollback", [False, True])
+def test_queries_leave_no_trace(estimator, rollback):
+    plain, queried = (three_levels(estimator=estimator, rollback=rollback) for _ in range(2))
+    queried.hypergradient("gate")  # on a fresh engine too
+    for _ in range(4):  # goes over the end of an epoch
+        plain.run(1, progress=False)
+        before = state_of(queried)
+        first = queried.hypergradient("gate")
+        queried.hypergradient("student")
+        queried.hypergradient("teacher")
+        second = queried.hypergradient("gate")
+        assert all(torch.equal(first[n], second[n]) for n in first)
+        assert_same_state(state_of(queried), before)
+        queried.run(1, progress=False)
+        assert_same_state(state_of(queried), state_of(plain))
+
+
+def test_the_callers_generators_and_gradients_are_left_alone():
+    engine = three_levels()
+    for problem in engine.graph.levels:
+        for p in problem.module.parameters():
+            p.grad = torch.full_like(p, 7.0)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    expected = torch.rand(3), np.random.rand(3), random.random()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    engine.run(2, progress=False)
+    engine.hypergradient("gate")
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+    assert random.random() == expected[2]
+    assert all((p.grad == 7.0).all() for problem in engine.graph.levels for p in problem.module.parameters())
+
+
+def test_runs_do_not_depend_on_the_global_generators():
+    torch.manual_seed(1)
+    one = three_levels()
+    torch.manual_seed(2)
+    one.run(3, progress=False)
+    other = three_levels()
+    torch.manual_seed(99)
+    other.run(3, progress=False)
+    assert_same_state(state_of(one), state_of(other))
+    different = three_levels(seed=1)
+    different.run(3, progress=False)
+    assert not torch.equal(state_of(one)["gate.weight"], state_of(different)["gate.weight"])
+
+
+def test_only_a_levels_own_steps_move_its_buffers():
+    engine = three_levels(steps=3)
+    engine.run(2, progress=False)
+    teacher, student = engine.graph["teacher"].module, engine.graph["student"].module
+    assert teacher[1].num_batches_tracked == 6  # three steps a round, one call each
+    assert teacher[5].calls == 6
+    assert student[1].num_batches_tracked == 4  # one step a round, two calls each
+    assert student[5].calls == 4
+
+
+def test_the_next_step_uses_the_hypergradient():
+    """A plain SGD step on the top level moves it by the learning rate times what the query returned."""
+    engine = three_levels()
+    gate = engine.graph["gate"].module
+    before = {n: p.detach().clone() for n, p in gate.named_parameters()}
+    engine.graph["gate"].optimizer.__class__ = torch.optim.SGD  # keeps the parameters and the learning rate
+    engine.graph["gate"].optimizer.param_groups[0].update(
+        momentum=0, dampening=0, nesterov=False, differentiable=False, foreach=None, fused=None
+    )
+    gradient = engine.hypergradient("gate")
+    engine.run(1, progress=False)
+    for name, p in gate.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - 0.05 * gradient[name])
+
+
+class Scalar(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self):
+        return self.w
+
+
+def traced_engine(log, edges, steps, **options):
+    """An engine whose losses write down who was called, and on which batch."""
+    names = [f"l{i}" for i in range(len(steps))]
+    modules = {n: Scalar(float(i + 1)) for i, n in enumerate(names)}
+
+    def loss_of(name):
+        def loss(levels, batch):
+            log.append((name, batch))
+            reads = [name, *(s for s, t in edges if t == name)]
+            return sum((getattr(levels, q)() - 1.0) ** 2 for q in reads) + sum(getattr(levels, q)() for q in reads) ** 2
+
+        return loss
+
+    problems = [
+        mlo.Problem(n, modules[n], loss_of(n), torch.optim.SGD(modules[n].parameters(), lr=0.05), range(100),
+                    hypergradient=mlo.FirstOrder(), steps=k)
+        for n, k in zip(names, steps, strict=True)
+    ]  # fmt: skip
+    return mlo.Engine(mlo.Graph(problems, [mlo.Edge(s, t) for s, t in edges]), device="cpu", **options)
+
+
+NEST = [("l0", "l1"), ("l1", "l0"), ("l0", "l2"), ("l2", "l0"), ("l1", "l2"), ("l2", "l1")]
+
+
+def test_the_schedule_of_a_nest_is_that_of_the_design():
+    log: list = []
+    engine = traced_engine(log, NEST, [2, 3, 1])
+    engine._trace()
+    log.clear()
+    engine.run(1, progress=False)
+    assert "".join(name[1] for name, _ in log) == "001" * 3 + "00" + "2"
+    assert [b for n, b in log if n == "l0"] == list(range(8))
+
+
+def test_levels_inside_no_other_take_their_steps_once_a_round():
+    log: list = []
+    engine = traced_engine(log, [("l0", "l1"), ("l1", "l2"), ("l2", "l1")], [2, 3, 2])
+    engine._trace()
+    log.clear()
+    engine.run(1, progress=False)
+    assert "".join(name[1] for name, _ in log) == "00" + ("111" + "2") * 2
+
+
+@pytest.mark.parametrize(("name", "played"), [("l0", "0"), ("l1", "001"), ("l2", "001" * 3 + "002")])
+def test_a_query_plays_just_what_comes_before_the_levels_next_step(name, played):
+    log: list = []
+    engine = traced_engine(log, NEST, [2, 3, 1])
+    engine._trace()
+    log.clear()
+    engine.hypergradient(name)
+    assert "".join(n[1] for n, _ in log) == played
+
+
+def test_rollback_steps_the_lower_level_again_from_where_it_was():
+    """DARTS: virtual step, architecture step, and the real step on the same batch from the old weights."""
+    log: list = []
+    edges = [("l0", "l1"), ("l1", "l0")]
+    engine = traced_engine(log, edges, [1, 1], rollback=True)
+    w0, w1 = (engine.graph[n].module.w for n in ("l0", "l1"))
+    start = w0.item()
+    engine._trace()
+    log.clear()
+    engine.run(1, progress=False)
+    assert log == [("l0", 0), ("l1", 0), ("l0", 0)]
+    slope = 2 * (start - 1) + 2 * (start + w1.item())  # at the new upper variables
+    assert w0.item() == pytest.approx(start - 0.05 * slope, rel=1e-12)
+
+
+def test_progress_is_the_fraction_of_the_run():
+    seen = []
+    module = Scalar(1.0)
+
+    def loss(levels, batch):
+        seen.append(levels.progress)
+        return levels.w() ** 2
+
+    problem = mlo.Problem("w", module, loss, torch.optim.SGD(module.parameters(), lr=0.1), None)
+    engine = mlo.Engine(mlo.Graph([problem]), device="cpu")
+    engine.hypergradient("w")
+    seen.clear()
+    engine.run(2, total_rounds=4, progress=False)
+    engine.run(2, progress=False)
+    assert seen == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_metrics_are_means_over_the_steps_of_the_round_and_callbacks_hear_them():
+    heard = []
+
+    class Listener:
+        def on_round(self, report):
+            heard.append(report)
+
+    engine = three_levels()
+    metrics = engine.run(2, callbacks=[Listener()], progress=False)
+    assert [r.round for r in heard] == [1, 2]
+    assert heard[-1].total_rounds == 2
+    assert heard[-1].metrics == metrics
+    assert {"teacher.loss", "teacher.accuracy", "teacher.learning_rate", "gate.loss", "round_seconds"} <= metrics.keys()
+    assert 0 <= metrics["teacher.accuracy"] <= 1
+    assert metrics["teacher.learning_rate"] == pytest.approx((0.1 + 0.05) / 2)  # steps 3 and 4 of a StepLR(3, 0.5)
+
+
+def test_stop_ends_the_run_after_the_round():
+    engine = three_levels()
+
+    class Stopper:
+        def on_round(self, report):
+            if report.round == 2:
+                engine.stop()
+
+    engine.run(5, callbacks=[Stopper()], progress=False)
+    assert engine.rounds_done == 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where():
+    module = Scalar(1.0)
+    problem = mlo.Problem(
+        "w", module, lambda levels, batch: (levels.w() * 3) ** 4, torch.optim.SGD(module.parameters(), lr=1.0), None
+    )
+    engine = mlo.Engine(mlo.Graph([problem]), device="cpu")
+    with pytest.raises(mlo.DivergenceError, match=r"round \d+, level 'w': expected a finite loss; found (inf|nan)"):
+        engine.run(50, progress=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_and_stays_finite(precision):
+    engine = three_levels(precision=precision)
+    engine.run(3, progress=False)
+    for problem in engine.graph.levels:
+        for p in problem.module.parameters():
+            assert p.dtype == torch.float32
+            assert p.isfinite().all()
+    exact, rough = three_levels().hypergradient("gate"), three_levels(precision=precision).hypergradient("gate")
+    cosine = torch.cosine_similarity(exact["weight"].flatten(), rough["weight"].flatten(), dim=0)
+    assert cosine > 0.9
+
+
+def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
+    module = nn.Linear(1, 1)
+    factor = [1e30]
+    problem = mlo.Problem(
+        "w",
+        module,
+        lambda levels, batch: (levels.w(torch.ones(1, 1)).float() * factor[0]).sum(),
+        torch.optim.SGD(module.parameters(), lr=0.1),
+        None,
+    )
+    engine = mlo.Engine(mlo.Graph([problem]), device="cpu", precision="fp16")
+    before = module.weight.item()
+    factor[0] = 1e35  # times the scale, this overflows float32
+    engine.run(1, progress=False)
+    assert module.weight.item() == before
+    factor[0] = 1.0
+    engine.run(1, progress=False)
+    assert module.weight.item() == pytest.approx(before - 0.1)
+
+
+def test_float64_stays_float64_and_any_batch_will_do():
+    module = Scalar(2.0)
+    problem = mlo.Problem(
+        "w", module, lambda levels, batch: levels.w() * batch, torch.optim.SGD(module.parameters(), lr=1.0), [3, 5]
+    )
+    engine = mlo.Engine(mlo.Graph([problem]), device="cpu")
+    assert engine.hypergradient("w")["w"].dtype == torch.float64
+    engine.run(3, progress=False)
+    assert module.w.item() == 2.0 - 3 - 5 - 3
+
+
+def test_unused_parameters_get_zeros_and_are_not_stepped():
+    module = nn.ModuleDict({"used": Scalar(1.0), "unused": Scalar(5.0)})
+    problem = mlo.Problem(
+        "w",
+        module,
+        lambda levels, batch: levels.w["used"]() ** 2,
+        torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.5),
+        None,
+    )
+    engine = mlo.Engine(mlo.Graph([problem]), device="cpu")
+    gradient = engine.hypergradient("w")
+    assert list(gradient) == ["used.w", "unused.w"]
+    assert gradient["unused.w"] == 0
+    assert gradient["used.w"] == 2  # without the level's own weight decay
+    engine.run(1, progress=False)
+    assert module["unused"].w.item() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16; found 'fp8'"),
+        ({"device": "gpu"}, "device: expected 'auto' or a torch device"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(mlo.MloError, match=message):
+        three_levels().__class__(three_levels().graph, **options)
+
+
+def test_unknown_level_of_a_query_names_the_nearest():
+    with pytest.raises(mlo.GraphError, match=r"found 'gat'\. Did you mean 'gate'\?"):
+        three_levels().hypergradient("gat")
