@@ -10,7 +10,6 @@ from mlo.problem import Problem
 from mlo.sweep import Response, Step
 from mlo.version import __version__
 
-
 __all__ = [
     "CheckpointError",
     "DivergenceError",

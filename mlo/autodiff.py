@@ -1,7 +1,7 @@
 """First derivatives of one loss call at any values of the variables, as a pure function.
 
-`LossCall` is a level's loss at one moment: its batch, random draws, progress and buffers are fixed, the variables are free.
-Everything else in the package (steps, sweeps, second-order products) is built on `LossCall.gradients`.
+`LossCall` is a level's loss at one moment: its batch, random draws, progress and buffers are fixed, the variables are
+free. Everything else in the package (steps, sweeps, second-order products) is built on `LossCall.gradients`.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class LossCall:
     ) -> Gradients:
         """Differentiate the loss with respect to the variables of the levels `wrt`.
 
-        Partial derivatives: a value that is itself a function of another level's variables counts as independent, although
-        with `create_graph` the result stays differentiable through it.
+        Partial derivatives: a value that is itself a function of another level's variables counts as independent,
+        although with `create_graph` the result stays differentiable through it.
 
         Args:
             values: as for `evaluate`; levels not given are read at their module's own parameters.
@@ -194,10 +194,11 @@ class LossCall:
         )
         leaves = replay.leaves if replay is not None else []
         flat = [t for name in wrt for t in inputs.get(name, ())] + leaves
+        grads: Gradient = (None,) * len(flat)
         if loss.requires_grad and flat:
-            grads = torch.autograd.grad(loss * scale if scale != 1.0 else loss, flat, create_graph=create_graph, allow_unused=True)
-        else:
-            grads = (None,) * len(flat)
+            grads = torch.autograd.grad(
+                loss * scale if scale != 1.0 else loss, flat, create_graph=create_graph, allow_unused=True
+            )
         if scale != 1.0:
             grads = tuple(g / scale if g is not None else None for g in grads)
         position, split = 0, {}
@@ -232,7 +233,8 @@ def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Ten
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
     """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None)."""
     norms = [torch.linalg.vector_norm(t) for t in tensors if t is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
@@ -252,7 +254,8 @@ def _checked(level: str, result: Any) -> tuple[Tensor, Mapping[str, Tensor | flo
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
         found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise GraphError(
-            f"the loss of level {level!r} must return one floating-point number, as a tensor or an mlo.Output; found {found}. "
+            f"the loss of level {level!r} must return one floating-point number, as a tensor or an mlo.Output; found "
+            f"{found}. "
             f"Reduce it, for example with .mean()."
         )
     return loss.reshape(()), output.metrics

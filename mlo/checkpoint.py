@@ -33,7 +33,9 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
             os.fsync(file.fileno())
         Path(temporary).replace(target)
     except OSError as error:
-        raise CheckpointError(f"{target}: the checkpoint could not be written ({error}); the one before it is untouched") from error
+        raise CheckpointError(
+            f"{target}: the checkpoint could not be written ({error}); the one before it is untouched"
+        ) from error
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
@@ -55,11 +57,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{target}: expected a checkpoint; found no file") from error
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{target}: expected a checkpoint of mlo; found a file that cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{target}: expected a checkpoint of mlo; found a file that cannot be read ({error})"
+        ) from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{target}: expected a checkpoint of mlo; found another torch file")
     if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{target}: expected checkpoint format {FORMAT}; found {state['format']}. Read it with the version of mlo that wrote it."
+            f"{target}: expected checkpoint format {FORMAT}; found {state['format']}. Read it with the version of mlo "
+            f"that wrote it."
         )
     return {key: value for key, value in state.items() if key != "format"}

@@ -1,6 +1,7 @@
 """The command line: list, run, resume, graph.
 
-A user's mistake ends with one message on standard error and exit status 2; an interrupted run with 128 + the signal's number.
+A user's mistake ends with one message on standard error and exit status 2; an interrupted run with 128 + the signal's
+number.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def list_command() -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="New folder of the run  [default: runs/RECIPE/TIME]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def run(
+    *,
     recipe: str,
     overrides: tuple[str, ...],
     seed: int | None,
@@ -129,7 +131,9 @@ def graph(recipe: str, overrides: tuple[str, ...], output: Path) -> None:
 
 
 def _load(recipe: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    return load_recipe(recipe, overrides, schemas={name: kind.recipe_type for name, kind in installed_problems().items()})
+    return load_recipe(
+        recipe, overrides, schemas={name: kind.recipe_type for name, kind in installed_problems().items()}
+    )
 
 
 def _experiment(recipe: Recipe) -> Experiment:

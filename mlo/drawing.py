@@ -51,9 +51,9 @@ def describe_graph(graph: Graph) -> str:
 
     Returns:
         For each level its module, optimizer, steps, how its best response is differentiated, what it reads and what is
-        solved inside it; no line ends in a newline character but the last.
+        solved inside it; lines without a newline at the end of the last.
     """
-    blocks = [f"{_count(len(graph.levels), 'level')}, {_count(len(graph.edges), 'edge')}, highest level first\n"]
+    blocks = [f"{_count(len(graph.levels), 'level')}, {_count(len(graph.edges), 'edge')}, highest level first"]
     for level in reversed(graph.levels):
         inside = graph.inside(level.name)
         reads = [edge.source + " (detached)" * edge.detached for edge in graph.edges if edge.target == level.name]
@@ -65,8 +65,8 @@ def describe_graph(graph: Graph) -> str:
             "reads": ", ".join(reads) or "nothing",
             "solves inside": ", ".join(other.name for other in graph.levels if other.name in inside) or "nothing",
         }
-        blocks.append("\n".join([level.name, *(f"  {key:<15}{value}" for key, value in rows.items())]) + "\n")
-    return "\n".join(blocks)
+        blocks.append("\n".join([level.name, *(f"  {key:<15}{value}" for key, value in rows.items())]))
+    return "\n\n".join(blocks)
 
 
 def draw_graph(graph: Graph, path: str | Path) -> None:
@@ -125,7 +125,7 @@ def graph_figure(graph: Graph) -> Figure:
 
 @dataclass(frozen=True)
 class _Arc:
-    """An edge between levels that are not neighbours: positions in the stack, lane, and port at either end."""
+    """An edge between levels that are not neighbours; both are places in the stack, from 0 at the bottom."""
 
     source: int
     target: int

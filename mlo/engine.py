@@ -11,11 +11,13 @@
                     `steps` times: take_step(q), recorded
                     solve(q)
 
-E(u) is what is solved inside u (mlo.structure). Nothing is computed twice: the weights after the lower steps are the virtual
-weights of the hypergradient. With `rollback` they are only virtual: after its sweep u puts the levels inside it back to where
-they were, steps, and solves them again for real, on the same batches and random draws (as the code of DARTS does).
+E(u) is what is solved inside u (mlo.structure). Nothing is computed twice: the weights after the lower steps are the
+virtual weights of the hypergradient. With `rollback` they are only virtual: after its sweep u puts the levels inside it
+back to where they were, steps, and solves them again for real, on the same batches and random draws (as the code of
+DARTS does).
 
-This is the only file that lets an optimizer step, and the only one that knows time; `mlo.sweep` is pure functions of records.
+This is the only file that lets an optimizer step, and the only one that knows time; `mlo.sweep` is pure functions of
+records.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class Engine:
         graph: the levels and edges.
         seed: of all random draws and data orders; two engines with equal seeds do the same.
         device: "auto" (CUDA, else MPS, else CPU) or a torch device; the modules are moved there.
-        precision: "fp32" casts nothing; "bf16" and "fp16" run first-order passes under autocast, fp16 with a loss scale.
+        precision: "fp32" casts nothing; "bf16" and "fp16" run first-order passes under autocast, fp16 with a loss
+            scale.
         rollback: put the lower levels back before each upper step, and solve them again after it.
 
     Attributes:
@@ -91,7 +94,8 @@ class Engine:
             problem.module.to(self._backend.device)
             move_optimizer(problem.optimizer, self._backend.device)
         self._levels = {
-            p.name: Level(p.name, p.module, p.loss, graph.reads(p.name), graph.structure.reads[p.name]) for p in graph.levels
+            p.name: Level(p.name, p.module, p.loss, graph.reads(p.name), graph.structure.reads[p.name])
+            for p in graph.levels
         }
         self._states = {p.name: LevelState(p, self._levels[p.name], self._backend, seed) for p in graph.levels}
         self._context = Context(graph.structure, {p.name: p.hypergradient for p in graph.levels})
@@ -155,8 +159,8 @@ class Engine:
             name: of any level.
 
         Returns:
-            Parameter name -> total derivative of the level's loss, for all parameters with `requires_grad`, zeros where the
-            loss does not depend on it; without the level's own weight decay and clipping.
+            Parameter name -> total derivative of the level's loss, for all parameters with `requires_grad`, zeros where
+            the loss does not depend on it; without the level's own weight decay and clipping.
 
         Raises:
             GraphError: an unknown name, or a loss that does not read what its edges declare.
@@ -223,7 +227,9 @@ class Engine:
         self._check_finite(metrics)
         return metrics | {"round_seconds": time.perf_counter() - started}
 
-    def _take_step(self, name: str, *, recorded: bool = False, repeatable: bool = False, reuses: bool = False) -> Step | None:
+    def _take_step(
+        self, name: str, *, recorded: bool = False, repeatable: bool = False, reuses: bool = False
+    ) -> Step | None:
         """Step a level, after solving those inside it.
 
         Args:
@@ -340,7 +346,8 @@ class Engine:
             loss = metrics.get(f"{name}.loss", 0.0)
             if not math.isfinite(loss):
                 raise DivergenceError(
-                    f"round {self.rounds_done}, level {name!r}: expected a finite loss; found {loss}. Lower the learning rate of "
+                    f"round {self.rounds_done}, level {name!r}: expected a finite loss; found {loss}. Lower the "
+                    f"learning rate of "
                     f"the level or of one that it reads, or set clip_norm; the newest checkpoint is from before."
                 )
 
@@ -363,7 +370,9 @@ def _find_device(device: str | torch.device, graph: Graph) -> torch.device:
         try:
             return torch.device(device)
         except RuntimeError as error:
-            raise MloError(f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {device!r}") from error
+            raise MloError(
+                f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {device!r}"
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     doubles = any(p.dtype == torch.float64 for problem in graph.levels for p in problem.module.parameters())

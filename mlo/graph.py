@@ -44,7 +44,8 @@ class Graph:
         structure: who is solved inside whom, and the order of the sweep.
 
     Raises:
-        GraphError: a mistake in the declaration; the message names the level, what was expected, what was found, the mend.
+        GraphError: a mistake in the declaration; the message names the level, what was expected, what was found, the
+            mend.
     """
 
     def __init__(self, levels: Iterable[Problem], edges: Iterable[Edge] = ()) -> None:
@@ -93,7 +94,8 @@ class Graph:
         for source in self.reads(name):
             if source not in accessed:
                 raise GraphError(
-                    f"edge {source!r} -> {name!r}: expected the loss of {name!r} to read levels.{source}; one call of it read "
+                    f"edge {source!r} -> {name!r}: expected the loss of {name!r} to read levels.{source}; one call of "
+                    f"it read "
                     f"{', '.join(sorted(accessed)) or 'nothing'}. Remove the edge, or read the level."
                 )
 
@@ -106,7 +108,9 @@ class Graph:
         names = [problem.name for problem in self.levels]
         for name in names:
             if names.count(name) > 1:
-                raise GraphError(f"level {name!r}: expected names to differ; found it {names.count(name)} times. Rename one.")
+                raise GraphError(
+                    f"level {name!r}: expected names to differ; found it {names.count(name)} times. Rename one."
+                )
 
     def _check_edges(self) -> None:
         seen: set[tuple[str, str]] = set()
@@ -117,7 +121,8 @@ class Graph:
             self.check_name(edge.target, f"target of {edge}")
             if edge.source == edge.target:
                 raise GraphError(
-                    f"{edge}: a loss always reads its own level's variables; found an edge from {edge.source!r} to itself. "
+                    f"{edge}: a loss always reads its own level's variables; found an edge from {edge.source!r} to "
+                    f"itself. "
                     f"Remove it."
                 )
             if (edge.source, edge.target) in seen:
@@ -133,8 +138,10 @@ class Graph:
             above = names[index + 1 :]
             if not reachable(successors, name) & set(above):
                 raise GraphError(
-                    f"level {name!r}: expected it to influence a level above it ({', '.join(above)}), directly or through "
-                    f"others; found no path of edges. Add mlo.Edge({name!r}, ...) to the level whose loss reads it, or remove it."
+                    f"level {name!r}: expected it to influence a level above it ({', '.join(above)}), directly or "
+                    f"through "
+                    f"others; found no path of edges. Add mlo.Edge({name!r}, ...) to the level whose loss reads it, "
+                    f"or remove it."
                 )
 
     def _check_parameters(self) -> None:
@@ -149,7 +156,8 @@ class Graph:
             shared = [n for i, n in owned[a.name].items() if i in owned[b.name]]
             if shared:
                 raise GraphError(
-                    f"levels {a.name!r} and {b.name!r}: expected each parameter in one level; found {shared[0]!r} of {a.name!r} in "
+                    f"levels {a.name!r} and {b.name!r}: expected each parameter in one level; found {shared[0]!r} of "
+                    f"{a.name!r} in "
                     f"both. Let one level read the other through an edge instead of sharing the module."
                 )
         for problem in self.levels:
@@ -158,13 +166,16 @@ class Graph:
     def _check_optimizer(self, problem: Problem, owned: dict[int, str]) -> None:
         where = f"level {problem.name!r}, optimizer {type(problem.optimizer).__name__}"
         if isinstance(problem.optimizer, LBFGS):
-            raise GraphError(f"{where}: expected an optimizer that steps without a closure; found LBFGS. Choose SGD or Adam.")
+            raise GraphError(
+                f"{where}: expected an optimizer that steps without a closure; found LBFGS. Choose SGD or Adam."
+            )
         members = {id(p) for p in problem.module.parameters()}
         held = [p for group in problem.optimizer.param_groups for p in group["params"]]
         foreign = [p for p in held if id(p) not in members]
         if foreign:
             raise GraphError(
-                f"{where}: expected parameters of the level's own module; found {len(foreign)} foreign ones (the first has shape "
+                f"{where}: expected parameters of the level's own module; found {len(foreign)} foreign ones (the "
+                f"first has shape "
                 f"{tuple(foreign[0].shape)}). Build it over module.parameters()."
             )
         if not any(id(p) in owned for p in held):
@@ -178,7 +189,9 @@ class Graph:
             needs = bool(uppers) and (problem.hypergradient.needs_update_rule or repeated)
             if needs and not has_update_rule(problem.optimizer):
                 raise GraphError(
-                    f"level {problem.name!r}: {problem.hypergradient!r} differentiates the optimizer's steps; expected one of "
-                    f"{', '.join(registered_optimizers())}; found {type(problem.optimizer).__name__}. Change the optimizer, "
+                    f"level {problem.name!r}: {problem.hypergradient!r} differentiates the optimizer's steps; "
+                    f"expected one of "
+                    f"{', '.join(registered_optimizers())}; found {type(problem.optimizer).__name__}. Change the "
+                    f"optimizer, "
                     f"teach its update with mlo.register_optimizer, or choose an estimator that does not need it."
                 )

@@ -1,12 +1,13 @@
 """The functional views that a loss reads its levels through.
 
-A loss is called as `loss(levels, batch)`; `levels.NAME` behaves like NAME's module, bound to the variables now in force.
-The user's module is not copied and not rewritten: for the length of one loss call other tensors take the place of its
-parameters (`Variables.bound`), its buffers are held still (`Buffers.held`), and everything is put back afterwards.
+A loss is called as `loss(levels, batch)`; `levels.NAME` behaves like NAME's module, bound to the variables now in
+force. The user's module is not copied and not rewritten: for the length of one loss call other tensors take the place
+of its parameters (`Variables.bound`), its buffers are held still (`Buffers.held`), and everything is put back
+afterwards.
 
 `Calls` remembers the module calls of *other* levels within one loss call. As long as those levels stand still, a second
-evaluation of the same loss gets the remembered outputs, and a cotangent of them is pulled back once through the kept graph.
-That is how a level's mixed product costs no second forward pass of the levels it reads, whatever the loss is.
+evaluation of the same loss gets the remembered outputs, and a cotangent of them is pulled back once through the kept
+graph. That is how a level's mixed product costs no second forward pass of the levels it reads, whatever the loss is.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Buffers:
     """A module's buffers, and how to read the module without moving them."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._batch_norms = [m for m in module.modules() if type(m) in _BATCH_NORMS and m.track_running_stats]
+        self._batch_norms: list[Any] = [
+            m for m in module.modules() if type(m) in _BATCH_NORMS and m.track_running_stats
+        ]
         light = {id(m) for m in self._batch_norms}
         self._slots: list[tuple[dict[str, Tensor | None], str]] = [
             (m._buffers, key) for m in module.modules() if id(m) not in light for key in m._buffers

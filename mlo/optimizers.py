@@ -1,9 +1,9 @@
 """Optimizer steps as differentiable functions, to unroll them and to pull cotangents back through them.
 
-A `torch.optim` step modifies tensors in place and cannot be differentiated reliably (with `differentiable=True` momentum SGD
-is silently wrong). Here each supported optimizer has an *update rule*: its formula, written as a pure function of the
-weights, the gradient and the state, all flattened to one vector. The engine steps the user's real optimizer; the rule is used
-to differentiate that step (`Update.pull_back`) and to repeat it (`Update.apply`).
+A `torch.optim` step modifies tensors in place and cannot be differentiated reliably (with `differentiable=True`
+momentum SGD is silently wrong). Here each supported optimizer has an *update rule*: its formula, written as a pure
+function of the weights, the gradient and the state, all flattened to one vector. The engine steps the user's real
+optimizer; the rule is used to differentiate that step (`Update.pull_back`) and to repeat it (`Update.apply`).
 
 Optimizers of one's own are taught by `register_optimizer`.
 """
@@ -25,31 +25,33 @@ State = Mapping[str, Tensor]
 UpdateRule = Callable[[Tensor, Tensor, State, Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 """`rule(weights, gradient, state, options) -> (new weights, new state)`, differentiable, out of place.
 
-`weights` and `gradient` are vectors of shape (n,). `state` holds the optimizer's per-parameter state tensors flattened to the
-same shape, under the optimizer's own names; it lacks those that the optimizer has not made yet. `options` are the parameter
-group's options (such as "lr"), and "step", the number of steps taken before this one.
+`weights` and `gradient` are vectors of shape (n,). `state` holds the optimizer's per-parameter state tensors flattened
+to the same shape, under the optimizer's own names; it lacks those that the optimizer has not made yet. `options` are
+the parameter group's options (such as "lr"), and "step", the number of steps taken before this one.
 """
 
 OptimizerState = tuple[Mapping[str, Tensor], ...]
 """The state tensors of each of a level's parameters, by name."""
 
 
-def sgd(weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def sgd(
+    weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`torch.optim.SGD`: momentum, dampening, Nesterov and coupled weight decay (Sutskever et al. 2013)."""
     gradient = _coupled(weights, gradient, options)
     new_state: dict[str, Tensor] = {}
     if options["momentum"]:
         buffer = state.get("momentum_buffer")
-        if buffer is None:
-            buffer = gradient
-        else:
+        if buffer is not None:
             buffer = options["momentum"] * buffer + (1 - options["dampening"]) * gradient
-        new_state["momentum_buffer"] = buffer
+        new_state["momentum_buffer"] = buffer = gradient if buffer is None else buffer
         gradient = gradient + options["momentum"] * buffer if options["nesterov"] else buffer
     return weights - options["lr"] * gradient, new_state
 
 
-def adam(weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def adam(
+    weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`torch.optim.Adam`: coupled weight decay, AMSGrad (Kingma and Ba 2015, Algorithm 1; Reddi et al. 2018)."""
     if options.get("decoupled_weight_decay", False):
         weights = weights * (1 - options["lr"] * options["weight_decay"])
@@ -72,7 +74,9 @@ def adam(weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, 
     return weights - options["lr"] / (1 - beta1**step) * mean / denominator, new_state
 
 
-def adamw(weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def adamw(
+    weights: Tensor, gradient: Tensor, state: State, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`torch.optim.AdamW`: Adam with decoupled weight decay (Loshchilov and Hutter 2019, Algorithm 2)."""
     return adam(weights, gradient, state, {**options, "decoupled_weight_decay": True})
 
@@ -119,8 +123,8 @@ class _Bucket:
 class Update:
     """One optimizer step of one level: clipping, then the optimizer's rule with the options in force at that step.
 
-    A map from (weights, gradient, optimizer state) to (new weights, new state). Parameters without a gradient, or that the
-    optimizer does not hold, stay as they are.
+    A map from (weights, gradient, optimizer state) to (new weights, new state). Parameters without a gradient, or that
+    the optimizer does not hold, stay as they are.
 
     Attributes:
         state: the optimizer's state just before the step.
@@ -226,7 +230,7 @@ class Update:
 
 
 def clip(gradient: Gradient, clip_norm: float | None) -> Gradient:
-    """Scale the gradient down to norm `clip_norm` where it is longer, as `torch.nn.utils.clip_grad_norm_`, differentiably."""
+    """Scale a longer gradient down to norm `clip_norm`, as `torch.nn.utils.clip_grad_norm_` does, differentiably."""
     if clip_norm is None or all(g is None for g in gradient):
         return gradient
     factor = torch.clamp(clip_norm / (norm(gradient) + 1e-6), max=1.0)
@@ -243,7 +247,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _unflat(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    pieces = vector.split([shape.numel() for shape in shapes])
+    pieces = torch.split(vector, [shape.numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What a user declares of one level: its variables, loss, data and optimizer, and how its best response is differentiated."""
+"""What a user declares of one level: variables, loss, data, optimizer, and how its best response is differentiated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlo.errors import GraphError
 from mlo.hypergradients import FiniteDifference, Hypergradient
@@ -33,7 +33,8 @@ class Problem:
         hypergradient: how this level's best response is differentiated when a level above needs it.
         steps: optimizer steps for each step of the levels above, at least 1.
         scheduler: a learning-rate scheduler over `optimizer`, advanced once per optimizer step.
-        clip_norm: largest Euclidean norm of the gradient that the optimizer sees, as `clip_grad_norm_`; None for no limit.
+        clip_norm: largest Euclidean norm of the gradient that the optimizer sees, as `clip_grad_norm_`; None for no
+            limit.
 
     Raises:
         GraphError: an argument is of the wrong type or out of range.
@@ -42,8 +43,8 @@ class Problem:
         >>> import torch
         >>> net = torch.nn.Linear(2, 1)
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> Problem("model", net, lambda levels, batch: levels.model(batch).square().mean(), sgd, [torch.ones(4, 2)]).steps
-        1
+        >>> Problem("model", net, lambda levels, batch: levels.model(batch).square().mean(), sgd, [torch.ones(4,
+        2)]).steps 1
     """
 
     name: str
@@ -65,20 +66,27 @@ class Problem:
             )
         self._expect("module", "a torch.nn.Module", isinstance(self.module, nn.Module))
         self._expect("loss", "a callable loss(levels, batch)", callable(self.loss))
-        self._expect("optimizer", "a torch.optim.Optimizer built over module.parameters()", _is(self.optimizer, Optimizer))
+        self._expect(
+            "optimizer", "a torch.optim.Optimizer built over module.parameters()", _is(self.optimizer, Optimizer)
+        )
         self._expect("data", "an iterable of batches, or None", self.data is None or isinstance(self.data, Iterable))
         self._expect(
-            "hypergradient", "an estimator object such as mlo.FiniteDifference()", _is(self.hypergradient, Hypergradient)
+            "hypergradient",
+            "an estimator object such as mlo.FiniteDifference()",
+            _is(self.hypergradient, Hypergradient),
         )
         self._expect("steps", "a whole number of at least 1", type(self.steps) is int and self.steps >= 1)
         self._expect("scheduler", "a learning-rate scheduler, or None", _is(self.scheduler, LRScheduler, type(None)))
+        self._expect("scheduler", "one that steps without a metric", not _is(self.scheduler, ReduceLROnPlateau))
         self._expect(
             "clip_norm",
             "a positive number, or None",
             self.clip_norm is None or (isinstance(self.clip_norm, (int, float)) and self.clip_norm > 0),
         )
         if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
-            raise GraphError(f"level {self.name!r}: its scheduler drives another optimizer; build it over this level's own")
+            raise GraphError(
+                f"level {self.name!r}: its scheduler drives another optimizer; build it over this level's own"
+            )
 
     def _expect(self, argument: str, expected: str, holds: bool) -> None:
         if not holds:

@@ -1,9 +1,9 @@
 """Random draws that can be repeated: every loss call and every drawn batch is keyed, none depends on what ran before.
 
 A key is made of the engine's seed and of what is computed (level, purpose, count). Before each computation the global
-generators of Python, NumPy and torch are seeded from its key, so a recorded step is repeated with the same dropout masks,
-and a resumed run goes on as if it had not stopped, without any generator state being saved. `isolated` gives the caller
-back the generators as they were.
+generators of Python, NumPy and torch are seeded from its key, so a recorded step is repeated with the same dropout
+masks, and a resumed run goes on as if it had not stopped, without any generator state being saved. `isolated` gives the
+caller back the generators as they were.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A run: a recipe, a folder, and the phases that its problem trains in; interrupted anywhere, it goes on exactly.
 
-A problem's `run` is plain code that trains one engine after another through `Run.train`. To resume, the same code is executed
-again: a phase that was finished loads its last checkpoint instead of training, the one that was interrupted goes on from its
-newest, and later ones begin. Everything else in `run` must follow from the recipe and from the engines.
+A problem's `run` is plain code that trains one engine after another through `Run.train`. To resume, the same code is
+executed
+again: a phase that was finished loads its last checkpoint instead of training, the one that was interrupted goes on
+from its newest, and later ones begin. Everything else in `run` must follow from the recipe and from the engines.
 
 The folder:
 
@@ -37,7 +38,7 @@ from mlo.engine import Engine
 from mlo.errors import CheckpointError, MloError
 from mlo.graph import Graph
 from mlo.recipes import Recipe, dump_recipe
-from mlo.tracking import JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
+from mlo.tracking import Callback, JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
 from mlo.version import __version__
 
 _KEPT_CHECKPOINTS = 2
@@ -74,7 +75,7 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def run(self, run: Run) -> Mapping[str, Any]:
-        """Train all phases through `run.train`, write files into `run.folder`, and return the figures of `result.json`."""
+        """Train all phases through `run.train`, write into `run.folder`, and return the figures of `result.json`."""
 
     def report(self, run: Run) -> None:  # noqa: B027 - optional
         """Write pages about a finished run into its folder; nothing by default."""
@@ -108,7 +109,8 @@ class Run:
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise MloError(
-                f"{path}: expected a new or empty folder for the run; found files. Choose another --output, or go on with that run: "
+                f"{path}: expected a new or empty folder for the run; found files. Choose another --output, or go on "
+                f"with that run: "
                 f"mlo resume {path}"
             )
         path.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ class Run:
 
         self._engine = engine
         with ExitStack() as stack:
-            callbacks = [
+            callbacks: list[Callback] = [
                 stack.enter_context(JsonLines(metrics, {"phase": phase})),
                 stack.enter_context(TensorBoard(self.folder / "tensorboard", f"{phase}/", engine.rounds_done)),
                 _Then(keep),

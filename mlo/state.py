@@ -28,7 +28,7 @@ class LossScale:
         self.good_steps = 0
 
     def admits(self, gradient: Gradient) -> bool:
-        """Return whether the step may be taken, and adapt the scale: halved on overflow, doubled after 2000 good steps."""
+        """Return whether to take the step, and adapt the scale: halved on overflow, doubled after 2000 good steps."""
         if not self.active:
             return True
         finite = all(bool(torch.isfinite(g).all()) for g in gradient if g is not None)
@@ -74,7 +74,7 @@ class LevelState:
         return LossCall(self.problem.name, levels, self.stream.next(), key, progress, backend, buffers)
 
     def take_step(self, gradient: Gradient) -> None:
-        """Step the optimizer and the scheduler with a gradient, clipped; keep the present version if a record needs it."""
+        """Step optimizer and scheduler with a gradient, clipped; keep the present version if a record needs it."""
         if self.weights.recorded:
             self.weights.materialize()
         parameters = self.level.variables.parameters
@@ -90,8 +90,8 @@ class LevelState:
         self.steps_taken += 1
 
     def snapshot(self) -> Callable[[], None]:
-        """Copy everything that a step changes (the stream apart), and return a function that puts it back bit for bit."""
-        tensors = [t for t in (*self.problem.module.parameters(), *self.problem.module.buffers())]
+        """Copy everything that a step changes (the stream apart); return a function that puts it back bit for bit."""
+        tensors = [*self.problem.module.parameters(), *self.problem.module.buffers()]
         copies = [t.detach().clone() for t in tensors]
         optimizer = self.problem.optimizer
         states = {p: {k: (v, _copy(v)) for k, v in own.items()} for p, own in optimizer.state.items()}
@@ -105,7 +105,9 @@ class LevelState:
                 t.copy_(saved)
             optimizer.state.clear()
             for p, own in states.items():
-                optimizer.state[p] = {k: v.copy_(saved) if isinstance(v, Tensor) else saved for k, (v, saved) in own.items()}
+                optimizer.state[p] = {
+                    k: v.copy_(saved) if isinstance(v, Tensor) else saved for k, (v, saved) in own.items()
+                }
             for group, options in zip(optimizer.param_groups, groups, strict=True):
                 group.update(options)
             if self.problem.scheduler is not None and scheduler is not None:
@@ -139,7 +141,9 @@ class LevelState:
             self.problem.module.load_state_dict(state["module"])
             self.problem.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{where}: expected a checkpoint of the same module and optimizer; {error}") from error
+            raise CheckpointError(
+                f"{where}: expected a checkpoint of the same module and optimizer; {error}"
+            ) from error
         if (self.problem.scheduler is None) != (state["scheduler"] is None):
             raise CheckpointError(f"{where}: expected a checkpoint with the same scheduler; one of the two has none")
         if self.problem.scheduler is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +26,9 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a position."""
 
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate from the position."""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -45,8 +48,8 @@ class Position:
 class Stream:
     """An endless stream of batches over an iterable.
 
-    Every draw is keyed by (seed, level, epoch, index): the order of a shuffling `DataLoader` and augmentations in the main
-    process do not depend on anything else. A `DataLoader` with a generator of its own keeps it.
+    Every draw is keyed by (seed, level, epoch, index): the order of a shuffling `DataLoader` and augmentations in the
+    main process do not depend on anything else. A `DataLoader` with a generator of its own keeps it.
 
     Args:
         name: the level's, for messages and keys.
@@ -55,7 +58,7 @@ class Stream:
         device: where tensors go.
     """
 
-    def __init__(self, name: str, data: Iterable[Any] | None, seed: int, device: torch.device) -> None:
+    def __init__(self, name: str, data: Any, seed: int, device: torch.device) -> None:
         self.seed = seed
         self.position = Position()
         self._name, self._data, self._device = name, data, device
@@ -151,8 +154,10 @@ class Stream:
             except StopIteration:
                 if restarted or self._drawn.index == 0:
                     raise MloError(
-                        f"data of level {self._name!r}: expected an iterable of batches that can be iterated again when it is "
-                        f"exhausted; found {type(self._data).__name__}, which gave no batch in epoch {self._drawn.epoch}. Pass a "
+                        f"data of level {self._name!r}: expected an iterable of batches that can be iterated again "
+                        f"when it is "
+                        f"exhausted; found {type(self._data).__name__}, which gave no batch in epoch "
+                        f"{self._drawn.epoch}. Pass a "
                         f"DataLoader or a list, not an iterator."
                     ) from None
                 restarted = True
@@ -186,7 +191,8 @@ class Stream:
         else:
             return
         raise CheckpointError(
-            f"data of level {self._name!r}: expected something that can be resumed exactly (a DataLoader, an iterable that "
+            f"data of level {self._name!r}: expected something that can be resumed exactly (a DataLoader, an iterable "
+            f"that "
             f"gives the same batches again, or an object with state_dict and load_state_dict); found {found}."
         )
 
@@ -205,7 +211,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _generators(data: Iterable[Any]) -> list[torch.Generator]:
+def _generators(data: Any) -> list[torch.Generator]:
     """Return the torch generators that a `DataLoader` and its samplers draw from, each once."""
     found: dict[int, torch.Generator] = {}
     if isinstance(data, DataLoader):

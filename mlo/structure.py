@@ -1,8 +1,8 @@
 """Who is solved inside whom: the order that a set of levels and read edges implies.
 
-Pure graph arithmetic on names, used by the graph's checks, by the schedule and by the reverse sweep. Levels are listed from
-lowest to highest. An edge (source, target) says that the target's loss reads the source's variables; detached edges are
-read by value only and must be left out.
+Pure graph arithmetic on names, used by the graph's checks, by the schedule and by the reverse sweep. Levels are listed
+from lowest to highest. An edge (source, target) says that the target's loss reads the source's variables; detached
+edges are read by value only and must be left out.
 """
 
 from __future__ import annotations

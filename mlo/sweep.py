@@ -7,10 +7,11 @@ The hypergradient of level u, with E(u) the levels solved inside u:
         for q, c in estimator_p.pullback(a_p):   a_q += c
     a_u is the hypergradient
 
-What a pullback goes through is a *record*: the engine writes down each step that may have to be differentiated (`Step`), and
-which steps made up one solve (`Solve`). A step's direction is the gradient of the level's total objective F_p, itself a sweep
-when levels are solved inside p. `replay` repeats a recorded solve as a pure function of the levels above it, so that F_p and its
-derivatives of any order are at hand. The start of every solve (weights, optimizer state) is a constant of the map.
+What a pullback goes through is a *record*: the engine writes down each step that may have to be differentiated
+(`Step`), and which steps made up one solve (`Solve`). A step's direction is the gradient of the level's total objective
+F_p, itself a sweep when levels are solved inside p. `replay` repeats a recorded solve as a pure function of the levels
+above it, so that F_p and its derivatives of any order are at hand. The start of every solve (weights, optimizer state)
+is a constant of the map.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from mlo.structure import Structure
 class Weights:
     """One version of a level's variables.
 
-    The newest version is the module's own parameters; the engine copies them (`materialize`) just before they move, if a
-    record still refers to them.
+    The newest version is the module's own parameters; the engine copies them (`materialize`) just before they move, if
+    a record still refers to them.
     """
 
     __slots__ = ("live", "recorded", "tensors")
@@ -130,9 +131,10 @@ class Step:
         return self._split(grads, inputs)
 
     def difference(self, direction: Gradient, targets: Sequence[str], radius: float) -> dict[str, Tensors]:
-        """Return what `product` returns by central differences of dF_p/dw_q, at w_p +- radius * direction / |direction|.
+        """Return what `product` returns, by central differences of dF_p/dw_q at w_p +- radius * v / norm(v).
 
-        Relies on the symmetry of second derivatives. Error: O(radius^2) of the third derivative, plus rounding / radius.
+        Relies on the symmetry of second derivatives. Error: O(radius^2) of the third derivative, plus rounding /
+        radius.
         """
         tiny = torch.finfo(self.weights[0].dtype).tiny
         length = radius / norm(direction).clamp(min=tiny)
@@ -140,7 +142,8 @@ class Step:
         inputs: dict[str, Tensors] = {}
         for sign in (1.0, -1.0):
             moved = tuple(
-                w if d is None else w + (sign * length).to(w.dtype) * d for w, d in zip(self.weights, direction, strict=True)
+                w if d is None else w + (sign * length).to(w.dtype) * d
+                for w, d in zip(self.weights, direction, strict=True)
             )
             values = self._values(targets, moved)
             found = self._total(values, targets)
@@ -276,7 +279,7 @@ def total_gradients(
     replay: Calls | None = None,
     follows: Sequence[str] = (),
 ) -> Gradients:
-    """Return total derivatives of a level's loss at any values, repeating the recorded solve of the levels inside it."""
+    """Return total derivatives of a loss at any values, repeating the recorded solve of the levels inside it."""
     if solve is None:
         return call.gradients(values, wrt, create_graph=create_graph, replay=replay, follows=follows)
     outer = {name: Weights(tensors) for name, tensors in values.items()}
@@ -390,4 +393,3 @@ def _fresh(tensors: Tensors, create_graph: bool) -> Tensors:
     if create_graph:
         return tuple(t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors)
     return tuple(t.detach().requires_grad_() for t in tensors)
-

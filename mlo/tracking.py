@@ -26,7 +26,8 @@ class RoundReport:
     Attributes:
         round: rounds done, counted from 1.
         total_rounds: that the run is meant to have.
-        metrics: "LEVEL.NAME" -> value, each the mean over the level's steps in the round; those ending in "_seconds" are times.
+        metrics: "LEVEL.NAME" -> value, each the mean over the level's steps in the round; those ending in "_seconds"
+            are times.
     """
 
     round: int
@@ -61,7 +62,9 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
 
 
@@ -74,7 +77,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str], fields: Mapping[str, str] | None = None) -> None:
-        self._file: IO[str] = Path(path).open("a", encoding="utf-8")
+        self._file: IO[str] = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._fields = dict(fields or {})
 
     def on_round(self, report: RoundReport) -> None:
@@ -85,7 +88,9 @@ class JsonLines:
     def __enter__(self) -> JsonLines:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
 
@@ -110,7 +115,9 @@ class TensorBoard:
     def __enter__(self) -> TensorBoard:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._writer.close()
 
 

@@ -1,13 +1,14 @@
 """Image data sets, their splits, and loaders whose order and augmentation are repeatable.
 
-`digits` is scikit-learn's copy of the UCI handwritten digits (1,797 images of 8 x 8 pixels, 10 classes): it comes with the
-package, so that everything can be run with no download.
+`digits` is scikit-learn's copy of the UCI handwritten digits (1,797 images of 8 x 8 pixels, 10 classes): it comes with
+the package, so that everything can be run with no download.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,11 +96,15 @@ def digits(seed: int, fractions: Sequence[float] = (0.24, 0.2, 0.2, 0.16, 0.2)) 
     labels = torch.tensor(loaded.target, dtype=torch.int64)
     images = (pixels - pixels.mean()) / pixels.std()
     parts = [
-        Images(images[indices], labels[indices]) for indices in split_by_class(labels, fractions, torch.Generator().manual_seed(seed))
+        Images(images[indices], labels[indices])
+        for indices in split_by_class(labels, fractions, torch.Generator().manual_seed(seed))
     ]
     background = float(images.min())
     shift = v2.RandomCrop(8, padding=1, fill=background)
-    return Splits(*parts, augmentation=shift, num_classes=10, in_channels=1, image_size=8)
+    teacher_train, student_train, validation, unlabelled, test = parts
+    return Splits(
+        teacher_train, student_train, validation, unlabelled, test, shift, num_classes=10, in_channels=1, image_size=8
+    )
 
 
 def split_by_class(labels: Tensor, fractions: Sequence[float], generator: torch.Generator) -> list[Tensor]:
@@ -112,11 +117,11 @@ def split_by_class(labels: Tensor, fractions: Sequence[float], generator: torch.
     """
     bounds = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
     parts: list[list[Tensor]] = [[] for _ in fractions]
-    for label in labels.unique():
+    for label in sorted(set(labels.tolist())):
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         cuts = (bounds * len(members)).round().long().tolist()
-        for part, (low, high) in zip(parts, zip(cuts[:-1], cuts[1:], strict=True), strict=True):
+        for part, (low, high) in zip(parts, pairwise(cuts), strict=True):
             part.append(members[low:high])
     return [torch.cat(part).sort().values for part in parts]
 

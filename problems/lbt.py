@@ -1,8 +1,8 @@
 """Learning by Teaching (LBT; Sheth, Jiang, Xie): three levels, five edges.
 
-A teacher is trained; it teaches a student by labelling images for it; the teacher's architecture is then changed so that both
-do better on validation images. With T the teacher's weights, A its architecture, S the student's weights, D_t, D_s and D_u the
-teacher's, the student's and the unlabelled images:
+A teacher is trained; it teaches a student by labelling images for it; the teacher's architecture is then changed so
+that both do better on validation images. With T the teacher's weights, A its architecture, S the student's weights,
+D_t, D_s and D_u the teacher's, the student's and the unlabelled images:
 
     eq. (1)   T*(A) = argmin_T  L(T, A, D_t^tr)
     eq. (2)   S*(T*) = argmin_S  L(S, D_s^tr) + lambda * L(S, D_pl(D_u, T*))
@@ -10,11 +10,13 @@ teacher's, the student's and the unlabelled images:
 
 where D_pl pairs each unlabelled image x with the teacher's soft prediction f(x; T*).
 
-The levels, lowest first, are `teacher`, `student` and `architecture`. Algorithm 1 updates T by eq. (4), S by eq. (5), A by eq. (6):
-that is the engine's round. The chain of eq. (7)-(12) is its reverse sweep, with the estimator of each level.
+The levels, lowest first, are `teacher`, `student` and `architecture`. Algorithm 1 updates T by eq. (4), S by eq. (5), A
+by eq. (6): that is the engine's round. The chain of eq. (7)-(12) is its reverse sweep, with the estimator of each
+level.
 
-`f(x; T)` is a forward pass of the supernet, so the pseudo-labels depend on A directly as well. Eq. (9)-(12) leave that out, and so
-does the detached edge A -> S; with `complete_gradient` the edge is an ordinary one and the hypergradient is the true derivative.
+`f(x; T)` is a forward pass of the supernet, so the pseudo-labels depend on A directly as well. Eq. (9)-(12) leave that
+out, and so does the detached edge A -> S; with `complete_gradient` the edge is an ordinary one and the hypergradient is
+the true derivative.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ Labelled: TypeAlias = tuple[Tensor, Tensor]
 class LearningByTeaching:
     """The losses and edges of LBT.
 
-    The module of the level `architecture` is called without arguments and returns what the teacher's module takes as its
-    second argument; the student's module takes images only.
+    The module of the level `architecture` is called without arguments and returns what the teacher's module takes as
+    its second argument; the student's module takes images only.
 
     Args:
         lambda_: weight of the pseudo-labelled images in the student's loss, at least 0.
@@ -72,7 +74,7 @@ class LearningByTeaching:
         logits = levels.student(images)
         taught = functional.cross_entropy(levels.student(unlabelled), pseudo_labels)
         loss = functional.cross_entropy(logits, labels) + self.lambda_ * taught
-        return mlo.Output(loss, {"accuracy": accuracy(logits, labels), "taught_loss": taught})
+        return mlo.Output(loss, {"accuracy": accuracy(logits, labels), "pseudo_label_loss": taught})
 
     def architecture_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
         """Eq. (3): teacher and student on validation images."""

@@ -1,4 +1,4 @@
-"""The run of Learning by Teaching: search, discretize, train the found cell and a random one from scratch, test, report."""
+"""The run of Learning by Teaching: search, discretize, train the found and a random cell from scratch, test, report."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class LBTExperiment(Experiment):
             )
             architecture = Architecture(DARTS)
         for network in (supernet, student):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         lbt = LearningByTeaching(recipe.lambda_, recipe.gamma, recipe.complete_gradient)
         size, levels = recipe.batch_size, recipe.levels
         teacher_train = loader(data.teacher_train.augmented(data.augmentation), size)
@@ -185,7 +185,11 @@ class LBTExperiment(Experiment):
             "test_error": error_rate(found, data.test),
             "random_cell_test_error": error_rate(random, data.test),
             "alpha_change": float(
-                sum((p.detach().cpu() - before[name].cpu()).square().sum() for name, p in architecture.named_parameters()) ** 0.5
+                sum(
+                    (p.detach().cpu() - before[name].cpu()).square().sum()
+                    for name, p in architecture.named_parameters()
+                )
+                ** 0.5
             ),
             "num_parameters": num_parameters(found),
             "search_seconds": run.seconds("search"),

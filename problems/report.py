@@ -85,7 +85,7 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(axis="y", color=FAINT, lw=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(length=3.0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
         for (phase, kind, name), points in series.items():
             if (phase, kind) == (phases[column], kinds[row]):
                 _draw_series(axes, points, colors[name])

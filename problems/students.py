@@ -21,7 +21,8 @@ class StudentResNet(ResNet):  # type: ignore[misc]
         num_classes: classes.
         in_channels: channels of the images.
         width: channels of the first stage, doubled at each of the three that follow.
-        small_images: a 3 x 3 convolution of stride 1 and no pooling as the stem, as is usual at 32 x 32 pixels and below.
+        small_images: a 3 x 3 convolution of stride 1 and no pooling as the stem, as is usual at 32 x 32 pixels and
+            below.
 
     Raises:
         ValueError: another depth, or a width below 1.

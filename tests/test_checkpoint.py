@@ -109,14 +109,18 @@ def test_data_with_a_state_of_its_own_resumes_exactly(tmp_path, make, queried):
 )
 def test_data_that_cannot_be_resumed_is_refused_when_saving(tmp_path, data, found):
     engine = one_level(data)
-    with pytest.raises(mlo.CheckpointError, match=f"data of level 'w': expected something that can be resumed .* {found}"):
+    with pytest.raises(
+        mlo.CheckpointError, match=f"data of level 'w': expected something that can be resumed .* {found}"
+    ):
         engine.save(tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_exhausted_iterator_says_what_to_pass_instead():
     engine = one_level(iter([torch.ones(1, 2)] * 3))
-    with pytest.raises(mlo.MloError, match=r"data of level 'w': expected an iterable of batches that can be iterated again"):
+    with pytest.raises(
+        mlo.MloError, match=r"data of level 'w': expected an iterable of batches that can be iterated again"
+    ):
         engine.run(5, progress=False)
 
 
@@ -129,7 +133,7 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path):
     content[middle : middle + 40] = bytes(b ^ 0xFF for b in content[middle : middle + 40])
     path.write_bytes(content)
     before = state_of(engine)
-    with pytest.raises(mlo.CheckpointError, match="damaged|cannot be read"):
+    with pytest.raises(mlo.CheckpointError, match=r"damaged|cannot be read"):
         engine.load(path)
     assert_same_state(state_of(engine), before)
     path.write_bytes(content[:middle])
@@ -153,7 +157,9 @@ def test_a_checkpoint_of_another_graph_changes_nothing(tmp_path):
     other.save(tmp_path / "other.pt")
     engine = three_levels()
     before = state_of(engine)
-    with pytest.raises(mlo.CheckpointError, match="expected a checkpoint of the levels teacher, student, gate; found w"):
+    with pytest.raises(
+        mlo.CheckpointError, match="expected a checkpoint of the levels teacher, student, gate; found w"
+    ):
         engine.load(tmp_path / "other.pt")
     assert_same_state(state_of(engine), before)
 
@@ -178,7 +184,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(mlo.CheckpointError, match="disk full.*the one before it is untouched"):
+    with pytest.raises(mlo.CheckpointError, match=r"disk full.*the one before it is untouched"):
         write_checkpoint(path, {"x": 2})
     monkeypatch.undo()
     assert read_checkpoint(path) == {"x": 1}

@@ -101,7 +101,7 @@ def test_a_graph_is_described_from_the_highest_level_down():
         "  steps          3\n"
         "  best response  Unroll(last=2)\n"
         "  reads          architecture\n"
-        "  solves inside  nothing\n"
+        "  solves inside  nothing"
     )
 
 

@@ -25,8 +25,9 @@ def picture():
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_the_same_picture_has_the_same_bytes_whatever_the_users_settings(tmp_path, suffix):
+def test_the_same_picture_has_the_same_bytes_whatever_the_date_and_the_users_settings(tmp_path, monkeypatch, suffix):
     save_figure(picture(), tmp_path / f"one{suffix}")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     with mpl.rc_context({"font.size": 30.0, "svg.hashsalt": None, "svg.fonttype": "path", "savefig.dpi": 30.0}):
         before = dict(mpl.rcParams)
         save_figure(picture(), tmp_path / f"two{suffix}")

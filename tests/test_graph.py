@@ -29,7 +29,10 @@ MISTAKES = {
     "not a problem": (lambda: mlo.Graph([nn.Linear(1, 1)]), "levels: expected mlo.Problem objects; found Linear"),
     "duplicate level": (lambda: pair(b="a"), "level 'a': expected names to differ; found it 2 times. Rename one."),
     "not an edge": (lambda: pair(edges=[("a", "b")]), r"edges: expected mlo.Edge objects; found \('a', 'b'\)"),
-    "unknown name": (lambda: pair(edges=[mlo.Edge("aa", "b")]), "expected one of the levels a, b; found 'aa'. Did you mean 'a'?"),
+    "unknown name": (
+        lambda: pair(edges=[mlo.Edge("aa", "b")]),
+        "expected one of the levels a, b; found 'aa'. Did you mean 'a'?",
+    ),
     "edge to itself": (lambda: pair(edges=[mlo.Edge("a", "a")]), "found an edge from 'a' to itself. Remove it"),
     "duplicate edge": (
         lambda: pair(edges=[mlo.Edge("a", "b"), mlo.Edge("a", "b", detached=True)]),
@@ -63,8 +66,7 @@ MISTAKES = {
             ],
             [mlo.Edge("a", "b"), mlo.Edge("b", "a")],
         ),
-        r"level 'a': FiniteDifference\(radius=0.01, last=1\) differentiates the optimizer's steps; expected one of SGD, Adam, "
-        "AdamW.*; found Rprop. .*mlo.register_optimizer",
+        r"level 'a': FiniteDifference\(.*\) differentiates the optimizer.*; expected one of SGD, Adam, .*; found Rprop",
     ),
     "name": (lambda: problem("my level"), "a level's name must be a Python identifier .* found 'my level'"),
     "reserved name": (lambda: problem("progress"), "other than 'progress'"),
@@ -73,7 +75,10 @@ MISTAKES = {
         "level 'a': module must be a torch.nn.Module; found 3",
     ),
     "loss": (lambda: problem("a", loss=3), "level 'a': loss must be a callable"),
-    "optimizer": (lambda: problem("a", optimizer=torch.ones(1)), "level 'a': optimizer must be a torch.optim.Optimizer"),
+    "optimizer": (
+        lambda: problem("a", optimizer=torch.ones(1)),
+        "level 'a': optimizer must be a torch.optim.Optimizer",
+    ),
     "data": (
         lambda: mlo.Problem("a", SHARED, print, torch.optim.SGD(SHARED.parameters()), 7),
         "level 'a': data must be an iterable of batches, or None; found 7",
@@ -85,8 +90,20 @@ MISTAKES = {
     "hypergradient class": (lambda: problem("a", hypergradient=mlo.Unroll), "must be an estimator object"),
     "steps": (lambda: problem("a", steps=0), "level 'a': steps must be a whole number of at least 1; found 0"),
     "steps type": (lambda: problem("a", steps=True), "level 'a': steps must be a whole number"),
-    "clip_norm": (lambda: problem("a", clip_norm=-1.0), "level 'a': clip_norm must be a positive number, or None; found -1.0"),
+    "clip_norm": (
+        lambda: problem("a", clip_norm=-1.0),
+        "level 'a': clip_norm must be a positive number, or None; found -1.0",
+    ),
     "scheduler": (lambda: problem("a", scheduler="cosine"), "level 'a': scheduler must be a learning-rate scheduler"),
+    "plateau scheduler": (
+        lambda: problem(
+            "a",
+            SHARED,
+            optimizer=(sgd := torch.optim.SGD(SHARED.parameters(), lr=1.0)),
+            scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(sgd),
+        ),
+        "level 'a': scheduler must be one that steps without a metric",
+    ),
     "foreign scheduler": (
         lambda: problem(
             "a", scheduler=torch.optim.lr_scheduler.StepLR(torch.optim.SGD(SHARED.parameters(), lr=1.0), 3)
@@ -115,15 +132,21 @@ def test_mistakes_that_one_call_of_each_loss_shows(act):
     ):
         go(mlo.Graph([a, problem("b", loss=reading("b", "c"))], [mlo.Edge("a", "b")]))
     with pytest.raises(
-        mlo.GraphError, match=r"edge 'b' -> 'a': expected the loss of 'a' to read levels.b; one call of it read a. Remove"
+        mlo.GraphError,
+        match=r"edge 'b' -> 'a': expected the loss of 'a' to read levels.b; one call of it read a. Remove",
     ):
         go(mlo.Graph([a, b], [mlo.Edge("a", "b"), mlo.Edge("b", "a")]))
-    for bad, found in ((lambda levels, batch: levels.a(torch.ones(2, 1)), r"shape \(2, 1\), torch.float32"),
-                       (lambda levels, batch: 3.0, "float"),
-                       (lambda levels, batch: None, "NoneType"),
-                       (lambda levels, batch: torch.ones((), dtype=torch.int64), r"shape \(\), torch.int64")):  # fmt: skip
+    wrong_losses = (
+        (lambda levels, batch: levels.a(torch.ones(2, 1)), r"shape \(2, 1\), torch.float32"),
+        (lambda levels, batch: 3.0, "float"),
+        (lambda levels, batch: None, "NoneType"),
+        (lambda levels, batch: torch.ones((), dtype=torch.int64), r"shape \(\), torch.int64"),
+    )
+    for bad, found in wrong_losses:
         wrong = problem("a", loss=bad)
-        with pytest.raises(mlo.GraphError, match=f"the loss of level 'a' must return one floating-point number.*{found}"):
+        with pytest.raises(
+            mlo.GraphError, match=f"the loss of level 'a' must return one floating-point number.*{found}"
+        ):
             go(mlo.Graph([wrong, b], [mlo.Edge("a", "b")]))
 
 
@@ -148,7 +171,13 @@ def test_an_optimizer_may_be_taught():
     module = nn.Linear(1, 1).double()
 
     def declared():
-        a = problem("a", module, loss=reading64("a", "b"), optimizer=Halving(module.parameters(), lr=0.1), hypergradient=mlo.Unroll())
+        a = problem(
+            "a",
+            module,
+            loss=reading64("a", "b"),
+            optimizer=Halving(module.parameters(), lr=0.1),
+            hypergradient=mlo.Unroll(),
+        )
         return mlo.Graph([a, problem("b", nn.Linear(1, 1).double(), loss=reading64("a", "b"))],
                          [mlo.Edge("a", "b"), mlo.Edge("b", "a")])  # fmt: skip
 

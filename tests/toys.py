@@ -12,15 +12,19 @@ import mlo
 
 def noisy_images(num: int = 48, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
-    return TensorDataset(
-        torch.randn(num, 1, 6, 6, generator=generator), torch.randint(3, (num,), generator=generator)
-    )
+    return TensorDataset(torch.randn(num, 1, 6, 6, generator=generator), torch.randint(3, (num,), generator=generator))
 
 
 def network() -> nn.Module:
     """A network with everything that makes purity hard: batch normalization, dropout, other buffers."""
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Dropout(0.3), nn.Flatten(), Counting(), nn.Linear(64, 3)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Softplus(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        Counting(),
+        nn.Linear(64, 3),
     )
 
 
@@ -73,7 +77,8 @@ def three_levels(
                     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(adam, 20)),
             problem("gate", gate, gate_loss, torch.optim.Adam(gate.parameters(), lr=0.05)),
         ],
-        [mlo.Edge("gate", "teacher"), mlo.Edge("teacher", "student"), mlo.Edge("teacher", "gate"), mlo.Edge("student", "gate")],
+        [mlo.Edge("gate", "teacher"), mlo.Edge("teacher", "student"), mlo.Edge("teacher", "gate"), mlo.Edge("student",
+        "gate")],
     )  # fmt: skip
     return mlo.Engine(graph, seed=seed, device="cpu", **options)
 
@@ -87,7 +92,9 @@ def state_of(engine: mlo.Engine) -> dict[str, object]:
             state[f"{problem.name}.{name}"] = tensor.detach().clone()
             state[f"{problem.name}.{name}.grad"] = None if tensor.grad is None else tensor.grad.clone()
         for i, own in problem.optimizer.state_dict()["state"].items():
-            state |= {f"{problem.name}.optimizer.{i}.{k}": torch.as_tensor(v).clone() for k, v in own.items() if v is not None}
+            state |= {
+                f"{problem.name}.optimizer.{i}.{k}": torch.as_tensor(v).clone() for k, v in own.items() if v is not None
+            }
         for i, group in enumerate(problem.optimizer.param_groups):
             state[f"{problem.name}.lr.{i}"] = group["lr"]
         if problem.scheduler is not None:

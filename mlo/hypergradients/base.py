@@ -12,9 +12,9 @@ from mlo.sweep import Response
 class Hypergradient(abc.ABC):
     """How one level's best response is differentiated.
 
-    An estimator of one's own is a subclass with `pullback`, passed as `Problem(..., hypergradient=MyEstimator())`. Inside a
-    nest the result is differentiated again where an exact estimator is used further up: compute it with torch operations, and
-    from `Step`'s own methods.
+    An estimator of one's own is a subclass with `pullback`, passed as `Problem(..., hypergradient=MyEstimator())`.
+    Inside a nest the result is differentiated again where an exact estimator is used further up: compute it with torch
+    operations, and from `Step`'s own methods.
     """
 
     @property

@@ -16,8 +16,9 @@ Product = Callable[[Step, Gradient, Sequence[str]], dict[str, Tensors]]
 def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, product: Product) -> dict[str, Tensors]:
     """Pull a cotangent back through the last recorded steps, newest first.
 
-    With w' = step(w, dF/dw, state): the optimizer's own pullback turns a cotangent of (w', state') into those of (w, gradient,
-    state); the gradient's is then the direction of one second-order product, which gives the part for w and for all targets.
+    With w' = step(w, dF/dw, state): the optimizer's own pullback turns a cotangent of (w', state') into those of (w,
+    gradient, state); the gradient's is then the direction of one second-order product, which gives the part for w and
+    for all targets.
 
     Args:
         cotangent: of the level's variables after the last step.

@@ -13,13 +13,14 @@ from mlo.sweep import Response, Step
 
 @dataclass(frozen=True)
 class Unroll(Hypergradient):
-    """Reverse-mode differentiation of the level's recorded steps, by double backward (Franceschi et al. 2017, Algorithm 1).
+    """Reverse-mode differentiation of the level's recorded steps, by double backward.
 
-    Goes through momentum, Nesterov, dampening, weight decay, Adam, AdamW, active clipping, and through the hypergradients of
-    levels solved inside this one. Exact with all steps (`last=None`), from the start of the solve, which counts as constant.
+    Franceschi et al. 2017, Algorithm 1. Goes through momentum, Nesterov, dampening, weight decay, Adam, AdamW, active
+    clipping, and through the hypergradients of levels solved inside this one. Exact with all steps (`last=None`), from
+    the start of the solve, which counts as constant.
 
-    Cost: one double backward pass a step (about 2 to 4 gradients), and memory for the weights, gradient and optimizer state of
-    every step.
+    Cost: one double backward pass a step (about 2 to 4 gradients), and memory for the weights, gradient and optimizer
+    state of every step.
 
     Args:
         last: go back this many steps only (truncated back-propagation, Shaban et al. 2019); None for all.

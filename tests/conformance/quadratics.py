@@ -55,9 +55,7 @@ def quadratic_engine(
 ) -> mlo.Engine:
     modules = [Vector(w) for w in data["w0"]]
     problems = [
-        mlo.Problem(
-            f"l{i}", m, quadratic_loss(data, i), optimizer(i, m), None, hypergradient=estimator, steps=steps
-        )
+        mlo.Problem(f"l{i}", m, quadratic_loss(data, i), optimizer(i, m), None, hypergradient=estimator, steps=steps)
         for i, m in enumerate(modules)
     ]
     edges = [mlo.Edge(f"l{s}", f"l{t}") for t, sources in enumerate(data["reads"]) for s in sources]
@@ -70,7 +68,12 @@ def optimizer_of(data: dict[str, Any]) -> Callable[[int, nn.Module], torch.optim
     kind = options.pop("kind")
     if kind == "nesterov":
         options["nesterov"] = True
-    classes = {"sgd": torch.optim.SGD, "nesterov": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    classes = {
+        "sgd": torch.optim.SGD,
+        "nesterov": torch.optim.SGD,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
     return lambda _, module: classes[kind](module.parameters(), **options)
 
 

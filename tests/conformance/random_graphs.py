@@ -24,9 +24,9 @@ OPTIMIZERS = (
 
 def make_optimizer(options, parameters):
     options = {k: v for k, v in options.items() if k != "kind"}
-    return parameters and {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.pop("_kind")](
-        parameters, **options
-    )
+    return parameters and {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[
+        options.pop("_kind")
+    ](parameters, **options)
 
 
 @dataclass
@@ -91,9 +91,7 @@ class RandomGraph:
                 return compute(call, batch)
 
             levels.append(
-                ReferenceLevel(
-                    name, loss, self.batches[name], self.options[name], self.steps[name], self.clips[name]
-                )
+                ReferenceLevel(name, loss, self.batches[name], self.options[name], self.steps[name], self.clips[name])
             )
             optimizer = engine.graph[name].optimizer
             names = {"momentum_buffer": "buf", "exp_avg": "m", "exp_avg_sq": "v"}

@@ -1,7 +1,8 @@
 """An independent reference for hypergradients: a few lines of plain autograd, sharing no code with the package.
 
-It follows the definition literally. A level's objective is its loss after a differentiable solve of the levels inside it, each
-solve from constant start states; the hypergradient is the derivative of that objective. Slow, memory hungry, and easy to read.
+It follows the definition literally. A level's objective is its loss after a differentiable solve of the levels inside
+it, each solve from constant start states; the hypergradient is the derivative of that objective. Slow, memory hungry,
+and easy to read.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Reference:
     reads: Mapping[str, set[str]]
     drawn: dict[str, int] = field(default_factory=dict)  # batches served before
     states: dict[str, list[dict]] = field(default_factory=dict)  # optimizer states before
-    starts: dict[tuple, tuple[Values, dict, dict]] = field(default_factory=dict)  # frozen starts, by position in the program
+    starts: dict[tuple, tuple[Values, dict, dict]] = field(
+        default_factory=dict
+    )  # frozen starts, by position in the program
 
     def __post_init__(self):
         self.by_name = {level.name: level for level in self.levels}

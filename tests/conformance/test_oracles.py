@@ -22,9 +22,7 @@ def test_unrolled_steps_match_the_closed_form(name, estimator):
 def test_one_round_of_lbt_matches_the_closed_form(estimator):
     data = oracle("lbt_one_step")
     rates = [*data["lr"], 0.1]
-    engine = quadratic_engine(
-        data, estimator, lambda i, m: torch.optim.SGD(m.parameters(), lr=rates[i]), data["steps"]
-    )
+    engine = quadratic_engine(data, estimator, lambda i, m: torch.optim.SGD(m.parameters(), lr=rates[i]), data["steps"])
     assert relative_error(engine.hypergradient("l2")["w"], data["hypergradient"]) < 1e-9
     engine.run(1, progress=False)
     for i, after in enumerate(data["after"]):
@@ -43,8 +41,6 @@ def test_one_round_of_lbt_matches_the_closed_form(estimator):
 def test_unrolling_to_convergence_gives_the_implicit_gradient(name, steps, rate):
     """Also the order of the sweep: highest level first is 35 % off in a nest."""
     data = oracle(name)
-    engine = quadratic_engine(
-        data, mlo.Unroll(), lambda _, m: torch.optim.SGD(m.parameters(), lr=rate), steps
-    )
+    engine = quadratic_engine(data, mlo.Unroll(), lambda _, m: torch.optim.SGD(m.parameters(), lr=rate), steps)
     upper = f"l{data['upper']}"
     assert relative_error(engine.hypergradient(upper)["w"], data["hypergradient"]) < 1e-5

@@ -7,7 +7,11 @@ import mlo
 
 from .random_graphs import draw_graph
 
-CASES = [(levels, nested, seed) for levels, nested in ((2, False), (3, False), (3, True), (4, False), (4, True)) for seed in range(4)]
+CASES = [
+    (levels, nested, seed)
+    for levels, nested in ((2, False), (3, False), (3, True), (4, False), (4, True))
+    for seed in range(4)
+]
 
 
 def flat(tensors):
@@ -42,7 +46,11 @@ def test_unroll_is_the_derivative_of_the_steps_taken(num_levels, nested, seed):
     pieces = [d.view_as(w) for d, w in zip(direction.split([w.numel() for w in own]), own, strict=True)]
     radius = 1e-6
     sides = [
-        float(reference.total(top, values | {top: [w.detach() + s * radius * d for w, d in zip(own, pieces, strict=True)]}).detach())
+        float(
+            reference.total(
+                top, values | {top: [w.detach() + s * radius * d for w, d in zip(own, pieces, strict=True)]}
+            ).detach()
+        )
         for s in (1, -1)
     ]
     slope = (sides[0] - sides[1]) / (2 * radius)

@@ -84,7 +84,9 @@ def test_the_counts_hold_on_another_distillation_graph():
     def pupil_loss(levels, batch):
         x, _ = batch
         target = levels.tutor(input=x) / 2.0
-        return F.mse_loss(levels.pupil(x), target) + F.kl_div(levels.pupil(x).log_softmax(-1), target.softmax(-1), reduction="batchmean")
+        return F.mse_loss(levels.pupil(x), target) + F.kl_div(
+            levels.pupil(x).log_softmax(-1), target.softmax(-1), reduction="batchmean"
+        )
 
     def taste_loss(levels, batch):
         x, y = batch
@@ -97,7 +99,12 @@ def test_the_counts_hold_on_another_distillation_graph():
             mlo.Problem("pupil", pupil, pupil_loss, torch.optim.AdamW(pupil.parameters(), lr=0.1), data),
             mlo.Problem("taste", taste, taste_loss, torch.optim.SGD(taste.parameters(), lr=0.1), data),
         ],
-        [mlo.Edge("taste", "tutor"), mlo.Edge("tutor", "pupil"), mlo.Edge("tutor", "taste"), mlo.Edge("pupil", "taste")],
+        [
+            mlo.Edge("taste", "tutor"),
+            mlo.Edge("tutor", "pupil"),
+            mlo.Edge("tutor", "taste"),
+            mlo.Edge("pupil", "taste"),
+        ],
     )
     engine = mlo.Engine(graph, seed=0, device="cpu")
     counts, pupil_counts = count_passes(tutor), count_passes(pupil)

@@ -68,7 +68,7 @@ def test_lines_lead_from_left_to_right_and_the_first_input_is_on_top():
     ("name", "fewest"),
     [("DARTS_V2 normal", 3), ("PC_DARTS_image normal", 1), ("NASNet normal", 1), ("AmoebaNet reduce", 4)],
 )
-def test_lines_cross_as_seldom_as_an_exhaustive_search_finds(name, fewest):
+def test_lines_cross_as_seldom_as_a_long_search_finds(name, fewest):
     edges, concat = CELLS[name]
     sizes = {"terminal": (0.6, 0.4), "node": (0.4, 0.4), "operation": (1.0, 0.25)}
     layout = lay_out([source for _, source in edges], concat, **sizes)
