@@ -28,7 +28,11 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except MloError as error:
-            raise click.ClickException(str(error)) from error
+            raise _Mistake(str(error)) from error
+
+
+class _Mistake(click.ClickException):
+    exit_code = 2
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -84,6 +88,7 @@ def run(
     short = {"seed": seed, "device": device, "rounds": rounds}
     loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
     name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    _experiment(loaded).graph()  # a mistake that only this shows ends the command before anything is written
     folder = output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S"))
     _execute(Run.begin(folder, loaded, name, progress=not quiet))
 

@@ -365,14 +365,30 @@ class Engine:
         self._traced = True
 
 
+def check_device(name: str | torch.device) -> torch.device:
+    """Return the torch device of a name.
+
+    Raises:
+        MloError: there is no such kind of device, or none of it here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MloError(
+            f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {str(name)!r}"
+        ) from error
+    available = {
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, True):
+        raise MloError(f"device: expected one that torch can use here; found {str(name)!r}. Choose 'auto' or 'cpu'.")
+    return device
+
+
 def _find_device(device: str | torch.device, graph: Graph) -> torch.device:
     if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise MloError(
-                f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {device!r}"
-            ) from error
+        return check_device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     doubles = any(p.dtype == torch.float64 for problem in graph.levels for p in problem.module.parameters())

@@ -43,8 +43,10 @@ class Problem:
         >>> import torch
         >>> net = torch.nn.Linear(2, 1)
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> Problem("model", net, lambda levels, batch: levels.model(batch).square().mean(), sgd, [torch.ones(4,
-        2)]).steps 1
+        >>> def loss(levels, batch):
+        ...     return levels.model(batch).square().mean()
+        >>> Problem("model", net, loss, sgd, [torch.ones(4, 2)]).steps
+        1
     """
 
     name: str

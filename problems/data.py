@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision.transforms import v2
 
+from mlo import MloError
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -87,10 +89,10 @@ def digits(seed: int, fractions: Sequence[float] = (0.24, 0.2, 0.2, 0.16, 0.2)) 
         fractions: of teacher training, student training, validation, unlabelled and test images; they sum to 1.
 
     Raises:
-        ValueError: a fraction is not positive, or they do not sum to 1.
+        MloError: a fraction is not positive, or they do not sum to 1.
     """
     if len(fractions) != 5 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"fractions: expected five positive numbers that sum to 1; found {tuple(fractions)}")
+        raise MloError(f"fractions: expected five positive numbers that sum to 1; found {tuple(fractions)}")
     loaded = load_digits()
     pixels = torch.tensor(loaded.images, dtype=torch.float32).unsqueeze(1) / 16  # raw pixels are 0 ... 16
     labels = torch.tensor(loaded.target, dtype=torch.int64)
@@ -130,10 +132,13 @@ def loader(images: Images, batch_size: int, *, shuffle: bool = True) -> DataLoad
     """Batch images; shuffled, the last incomplete batch is left out, in order it is kept.
 
     Raises:
-        ValueError: there are fewer images than a batch holds.
+        MloError: there are fewer images than a batch holds.
     """
     if shuffle and len(images) < batch_size:
-        raise ValueError(f"expected at least one batch of {batch_size} images; found {len(images)} images")
+        raise MloError(
+            f"batch_size: expected at least one batch in each part of the data; found batches of {batch_size} images "
+            f"and a part of {len(images)}"
+        )
     sampler = RandomSampler(images) if shuffle else SequentialSampler(images)
     return DataLoader(images, batch_sampler=BatchSampler(sampler, batch_size, drop_last=shuffle))
 

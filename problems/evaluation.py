@@ -87,7 +87,7 @@ def evaluation_graph(recipe: EvaluationRecipe, genotype: Genotype, data: Splits)
         recipe.num_cells,
         data.in_channels,
         auxiliary=recipe.auxiliary_weight > 0,
-    ).to(memory_format=torch.channels_last)
+    )
     training = Training(recipe.drop_path, recipe.auxiliary_weight)
     problem = recipe.network.declare("network", network, training.loss, batches, total_steps=rounds)
     return mlo.Graph([problem]), rounds

@@ -120,8 +120,6 @@ class LBTExperiment(Experiment):
                 small_images=recipe.student.small_images,
             )
             architecture = Architecture(DARTS)
-        for network in (supernet, student):
-            network.to(memory_format=torch.channels_last)
         lbt = LearningByTeaching(recipe.lambda_, recipe.gamma, recipe.complete_gradient)
         size, levels = recipe.batch_size, recipe.levels
         teacher_train = loader(data.teacher_train.augmented(data.augmentation), size)

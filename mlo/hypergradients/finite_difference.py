@@ -17,14 +17,14 @@ from mlo.sweep import Response
 class FiniteDifference(Hypergradient):
     """The DARTS estimator (Liu et al. 2019, eq. 7-8; LBT, Sheth et al., eq. (7)-(8) and (11)-(12)), with any optimizer.
 
-    For plain SGD, c_q = -lr * [dL_p/dw_q(w_p + eps a) - dL_p/dw_q(w_p - eps a)] / (2 eps), with eps = radius / norm(a), at
-    the weights, batch, learning rate and random draws of the recorded step. For other optimizers a is first pulled back
-    through the optimizer's own step, which for momentum, Adam and clipping scales and turns it.
+    For plain SGD, c_q = -lr * [dL_p/dw_q(w_p + eps a) - dL_p/dw_q(w_p - eps a)] / (2 eps), with eps = radius / norm(a),
+    at the weights, batch, learning rate and random draws of the recorded step. For other optimizers a is first pulled
+    back through the optimizer's own step, which for momentum, Adam and clipping scales and turns it.
 
     Error: the truncation is radius^2 / 6 times the third derivative along the direction, the rounding is the machine
-    epsilon times norm(dL_p/dw_q) norm(a) / radius: for smooth losses use about 1e-2 in float32 and 1e-4 in float64. Networks
-    with kinks (ReLU, max pooling) have no second derivative there; the difference then averages over the kinks within
-    the radius.
+    epsilon times norm(dL_p/dw_q) norm(a) / radius: for smooth losses use about 1e-2 in float32 and 1e-4 in float64.
+    Networks with kinks (ReLU, max pooling) have no second derivative there; the difference then averages over the kinks
+    within the radius.
 
     Cost: two gradients with respect to the targets a step; the forward passes of other levels are not repeated.
 

@@ -12,8 +12,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+from mlo.engine import check_device
 from mlo.errors import RecipeError
 from mlo.recipes.files import BUNDLED_FOLDERS, find_recipe, read_recipe
 from mlo.recipes.kinds import RecipePart
@@ -46,6 +47,13 @@ class Recipe(RecipePart):
     rounds: PositiveInt
     rollback: bool = False
     checkpoint_every: PositiveInt = 50
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if value != "auto":
+            check_device(value)
+        return value
 
 
 class DeclaredProblem(Protocol):

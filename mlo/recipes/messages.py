@@ -82,7 +82,7 @@ def _word(detail: ErrorDetails, recipe: Mapping[str, Any], schema: type[BaseMode
     path = _path_in(recipe, location, is_missing=detail["type"] == "missing")
     match detail["type"]:
         case "extra_forbidden":
-            known = [name for model in _models_at(schema, location[:-1]) for name in model.model_fields]
+            known = [key for model in _models_at(schema, location[:-1]) for key in _keys(model)]
             return path, f"an unknown key with the value {show(value)}", _one_of(known, path[-1])
         case "union_tag_invalid" | "union_tag_not_found":
             kinds = [_kind(model) for model in _models_at(schema, location)]
@@ -145,6 +145,11 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if not arguments:
         return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
     return [model for argument in arguments for model in _models_in(argument)]
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    """The keys of a mapping in a recipe: a field whose name Python reserves has an alias."""
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _kind(model: type[BaseModel]) -> str:

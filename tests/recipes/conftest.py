@@ -22,10 +22,15 @@ class Group(RecipePart):
     weight: float | Literal["auto"] = "auto"
 
 
-class ToyRecipe(Recipe):
+class TowerRecipe(Recipe):
+    rounds: int = 10
+
+
+class ToyRecipe(TowerRecipe):
     levels: Levels
     batch_size: int = 64
     noise: float = 0.0
+    lambda_: float = Field(default=1.0, alias="lambda")
     shuffle: bool = True
     widths: tuple[int, ...] = ()
     groups: dict[str, Group] = Field(default_factory=dict)
@@ -33,7 +38,7 @@ class ToyRecipe(Recipe):
 
 @pytest.fixture
 def schemas() -> dict[str, type[Recipe]]:
-    return {"toy": ToyRecipe, "tower": Recipe}
+    return {"toy": ToyRecipe, "tower": TowerRecipe}
 
 
 @pytest.fixture

@@ -74,7 +74,8 @@ def test_a_bundled_recipe(tmp_path: Path, write: Write, schemas: Schemas) -> Non
             "batchsize: 3",
             (
                 "batchsize: found an unknown key with the value 3, expected one of problem, description, seed, device, "
-                "precision, levels, batch_size, noise, shuffle, widths, groups; did you mean 'batch_size'?"
+                "precision, rounds, rollback, checkpoint_every, levels, batch_size, noise, lambda, shuffle, widths, "
+                "groups; did you mean 'batch_size'?"
             ),
         ),
     ],
@@ -265,6 +266,9 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "seed: 0\n"
         "device: auto\n"
         "precision: fp32\n"
+        "rounds: 10\n"
+        "rollback: false\n"
+        "checkpoint_every: 50\n"
         "levels:\n"
         "  teacher:\n"
         "    optimizer:\n"
@@ -285,6 +289,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "  student: null\n"
         "batch_size: 64\n"
         "noise: 0.0\n"
+        "lambda: 1.0\n"
         "shuffle: true\n"
         "widths: []\n"
         "groups: {}\n"
