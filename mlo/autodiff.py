@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlo.calls import Calls
 from mlo.errors import GraphError
-from mlo.levels import Buffers, Calls, Levels, LevelView, Output, Tensors, Variables
+from mlo.levels import Buffers, Levels, LevelView, Output, Tensors, Variables
 from mlo.randomness import seed_generators
 
 Gradient = tuple[Tensor | None, ...]

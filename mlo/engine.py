@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from mlo.autodiff import Backend, Gradients, Level, dense
+from mlo.calls import Calls
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
-from mlo.levels import Calls
 from mlo.optimizers import Update
 from mlo.randomness import isolated
 from mlo.state import LevelState, move_optimizer

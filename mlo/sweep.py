@@ -23,7 +23,8 @@ from typing import Protocol
 import torch
 
 from mlo.autodiff import Gradient, Gradients, LossCall, add, dense, inner_product, norm
-from mlo.levels import Calls, Tensors
+from mlo.calls import Calls
+from mlo.levels import Tensors
 from mlo.optimizers import OptimizerState, Update
 from mlo.structure import Structure
 
