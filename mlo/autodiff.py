@@ -6,13 +6,14 @@ free. Everything else in the package (steps, sweeps, second-order products) is b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo.calls import Calls
 from mlo.errors import GraphError
@@ -85,34 +86,48 @@ class LossCall:
     backend: Backend
     buffers: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
 
-    def evaluate(
-        self,
-        values: Mapping[str, Tensors],
-        *,
-        moves_buffers: bool = False,
-        autocast: bool = True,
-        record: Calls | None = None,
-        replay: Calls | None = None,
-        accessed: set[str] | None = None,
-    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        """Call the loss.
+    @contextmanager
+    def in_force(self, values: Mapping[str, Tensors], *, moves_buffers: bool = False) -> Iterator[None]:
+        """Bind values of the levels that the loss may read, and hold their buffers still, within the block.
 
         Args:
             values: of the levels whose parameters are to be replaced; the others keep the module's own.
             moves_buffers: whether the level's own buffers may move (in its own step only).
+        """
+        with ExitStack() as stack:
+            for name in (self.level, *self.levels[self.level].reads):
+                level = self.levels[name]
+                if name in values:
+                    stack.enter_context(level.variables.bound(values[name]))
+                if not (moves_buffers and name == self.level):
+                    stack.enter_context(level.buffers.held(self.buffers.get(name)))
+            yield
+
+    def evaluate(
+        self,
+        *,
+        autocast: bool = False,
+        double_backward: bool = False,
+        record: Calls | None = None,
+        replay: Calls | None = None,
+        accessed: set[str] | None = None,
+    ) -> Output:
+        """Call the loss with what is in force.
+
+        Args:
             autocast: whether the backend's lower precision applies (never in second-order products).
-            record: remembers the calls of other levels' modules.
-            replay: gives remembered calls back where nothing has changed.
+            double_backward: whether the result will be differentiated twice, which not every attention kernel can be.
+            record: takes notes of the calls of other levels' modules.
+            replay: gives kept calls back where nothing has changed.
             accessed: receives the names that the loss read.
 
         Returns:
-            The loss, a scalar that depends on what was bound, and the metrics.
+            The loss, a scalar that depends on what is bound, and the metrics.
 
         Raises:
             GraphError: the loss reads a level without an edge, or does not return a scalar.
         """
-        own = self.levels[self.level]
-        names = (self.level, *own.reads)
+        own, backend = self.levels[self.level], self.backend
         used: set[int] = set()
 
         def view(name: str) -> LevelView:
@@ -129,25 +144,21 @@ class LossCall:
 
             return LevelView(module, call)
 
-        levels = Levels(self.level, {name: view(name) for name in names}, self.progress)
-        backend = self.backend
+        levels = Levels(self.level, {name: view(name) for name in (self.level, *own.reads)}, self.progress)
         with ExitStack() as stack:
-            for name in names:
-                if name in values:
-                    stack.enter_context(self.levels[name].variables.bound(values[name]))
-                if not (moves_buffers and name == self.level):
-                    stack.enter_context(self.levels[name].buffers.held(self.buffers.get(name)))
             stack.enter_context(torch.enable_grad())
             if backend.autocast is not None:
-                enabled = autocast
-                stack.enter_context(torch.autocast(backend.device.type, backend.autocast, enabled=enabled))
+                stack.enter_context(torch.autocast(backend.device.type, backend.autocast, enabled=autocast))
+            if double_backward:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             seed_generators(self.key, backend.device)
             result = own.loss(levels, self.batch)
         if accessed is not None:
-            accessed |= levels.accessed
+            accessed |= levels._accessed
         return _checked(self.level, result)
 
-    def gradients(
+    @contextmanager
+    def differentiated(
         self,
         values: Mapping[str, Tensors],
         wrt: Sequence[str],
@@ -159,20 +170,20 @@ class LossCall:
         replay: Calls | None = None,
         follows: Sequence[str] = (),
         scale: float = 1.0,
-    ) -> Gradients:
-        """Differentiate the loss with respect to the variables of the levels `wrt`.
+    ) -> Iterator[Gradients]:
+        """Differentiate the loss with respect to the levels `wrt`; what is bound stays in force within the block.
 
         Partial derivatives: a value that is itself a function of another level's variables counts as independent,
         although with `create_graph` the result stays differentiable through it.
 
         Args:
-            values: as for `evaluate`; levels not given are read at their module's own parameters.
+            values: by level; levels not given are read at their module's own parameters.
             wrt: the levels to differentiate with respect to.
             create_graph: make the gradients differentiable themselves.
-            moves_buffers: as for `evaluate`.
+            moves_buffers: as for `in_force`.
             autocast: as for `evaluate`.
             record: as for `evaluate`.
-            replay: as for `evaluate`; cotangents of its cut points are returned in `leaves`.
+            replay: as for `evaluate`; cotangents of its stand-ins are returned in `leaves`.
             follows: levels read at their module's own parameters that the graph must reach, although not in `wrt`.
             scale: factor on the loss during the backward pass, divided out again (for fp16).
         """
@@ -180,34 +191,43 @@ class LossCall:
         inputs: dict[str, Tensors] = {}
         for name in (self.level, *self.levels[self.level].reads):
             tensors = values.get(name)
-            if name in wrt:
-                if tensors is None:
+            if tensors is None:
+                if name in wrt:
                     inputs[name] = self.levels[name].variables.parameters
-                else:  # an alias, so that the derivative is partial
-                    inputs[name] = bound[name] = tuple(_alias(t, create_graph) for t in tensors)
-            elif tensors is None:
-                if name not in follows:
+                elif name not in follows:
                     bound[name] = self.levels[name].variables.detached()
-            else:
-                bound[name] = tensors if create_graph else tuple(t.detach() for t in tensors)
-        loss, metrics = self.evaluate(
-            bound, moves_buffers=moves_buffers, autocast=autocast, record=record, replay=replay
-        )
+            elif name in wrt or name == self.level:  # an alias, so that the derivative is partial
+                inputs[name] = bound[name] = tuple(alias(t, create_graph=create_graph) for t in tensors)
+            elif create_graph and name in self.levels[self.level].attached:
+                bound[name] = tensors
+            else:  # by value
+                bound[name] = tuple(t.detach() for t in tensors)
         leaves = replay.leaves if replay is not None else []
         flat = [t for name in wrt for t in inputs.get(name, ())] + leaves
-        grads: Gradient = (None,) * len(flat)
-        if loss.requires_grad and flat:
-            grads = torch.autograd.grad(
-                loss * scale if scale != 1.0 else loss, flat, create_graph=create_graph, allow_unused=True
-            )
-        if scale != 1.0:
-            grads = tuple(g / scale if g is not None else None for g in grads)
-        position, split = 0, {}
-        for name in wrt:
-            count = len(inputs.get(name, self.levels[name].variables.parameters))
-            split[name] = tuple(grads[position : position + count]) if name in inputs else (None,) * count
-            position += count if name in inputs else 0
-        return Gradients(loss.detach(), metrics, split, tuple(grads[position:]))
+        with self.in_force(bound, moves_buffers=moves_buffers):
+            output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay)
+            grads: Gradient = (None,) * len(flat)
+            if output.loss.requires_grad and flat:
+                grads = torch.autograd.grad(
+                    output.loss * scale if scale != 1.0 else output.loss,
+                    flat,
+                    create_graph=create_graph,
+                    retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
+                    allow_unused=True,
+                )
+            if scale != 1.0:
+                grads = tuple(g / scale if g is not None else None for g in grads)
+            position, of = 0, {}
+            for name in wrt:
+                count = len(self.levels[name].variables.parameters)
+                of[name] = grads[position : position + count] if name in inputs else (None,) * count
+                position += count if name in inputs else 0
+            yield Gradients(output.loss.detach(), output.metrics, of, grads[position:])
+
+    def gradients(self, values: Mapping[str, Tensors], wrt: Sequence[str], **options: Any) -> Gradients:
+        """Return what `differentiated` gives."""
+        with self.differentiated(values, wrt, **options) as found:
+            return found
 
 
 @dataclass(frozen=True)
@@ -233,9 +253,12 @@ def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Ten
 
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
     """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None)."""
-    norms = [torch.linalg.vector_norm(t) for t in tensors if t is not None]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
+    present = [t for t in tensors if t is not None and t.numel()]
+    largest = torch.stack([t.detach().abs().amax() for t in present]).amax()
+    unit = torch.where(largest > 0, largest, 1.0)  # so that no square under- or overflows
+    square = torch.stack([(t / unit).square().sum() for t in present]).sum()
+    positive = square > 0  # the square root has no derivative at 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) * unit
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
@@ -243,13 +266,12 @@ def add(a: Gradient, b: Gradient) -> Gradient:
     return tuple(y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True))
 
 
-def _alias(tensor: Tensor, create_graph: bool) -> Tensor:
-    if create_graph and tensor.requires_grad:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_()
+def alias(tensor: Tensor, *, create_graph: bool) -> Tensor:
+    """Return a tensor of the same values to differentiate with respect to, part of the graph if one is made."""
+    return tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-def _checked(level: str, result: Any) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+def _checked(level: str, result: Any) -> Output:
     output = result if isinstance(result, Output) else Output(result)
     loss = output.loss
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
@@ -259,4 +281,4 @@ def _checked(level: str, result: Any) -> tuple[Tensor, Mapping[str, Tensor | flo
             f"{found}. "
             f"Reduce it, for example with .mean()."
         )
-    return loss.reshape(()), output.metrics
+    return Output(loss.reshape(()), output.metrics)

@@ -1,129 +1,155 @@
-"""Calls of other levels' modules within one loss call, remembered so that they need not be made again.
+"""Calls of other levels' modules within one loss call, kept so that they need not be made again.
 
-As long as the levels that a loss reads stand still, a second evaluation of the same loss gets the remembered outputs,
-and a cotangent of them is pulled back once through the kept graph. That is how a level's mixed product costs no second
+As long as the levels that a loss reads stand still, a second evaluation of the same loss gets the kept outputs, and a
+cotangent of them is pulled back once through the kept graph. That is how a level's mixed product costs no second
 forward pass of the levels it reads, whatever the loss is.
+
+The first evaluation is an ordinary one: the loss gets the real outputs, and only notes are taken. A call is given back
+later only where it provably is the same one: equal arguments, none of them written into since, none made from variables
+except by another kept call. Random draws of a call that is not made are skipped in all generators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlo.randomness import set_torch_generator_states, torch_generator_states
+from mlo.randomness import GeneratorStates, generator_states, set_generator_states
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """A tensor that a kept call was given: its content, or which output of an earlier kept call it is."""
+
+    tensor: Tensor
+    version: int
+    origin: tuple[int, int] | None
 
 
 class Call:
-    """One call of another level's module within a loss: its arguments, its output, and where to cut the graph."""
+    """One kept call: what it was given, what it returned, and where the generators stood after it.
 
-    def __init__(self, level: str, arguments: Any, output: Any, generator_states: tuple[Tensor, ...] | None) -> None:
+    Attributes:
+        graph_outputs: the tensors of the output that require a gradient.
+        leaves: their stand-ins in later evaluations.
+    """
+
+    def __init__(self, level: str, arguments: Any, output: Any, states: GeneratorStates | None) -> None:
         self.level = level
         self.arguments = arguments
         self.output = output
-        self.generator_states = generator_states
-        self.graph_outputs: list[Tensor] = [t for t in _tensors(output) if t.requires_grad]
+        self.states = states
+        self.graph_outputs: list[Tensor] = [t for t in tensors_in(output) if t.requires_grad]
         self.leaves: list[Tensor] = [t.detach().requires_grad_() for t in self.graph_outputs]
 
 
 class Calls:
-    """The calls of other levels' modules within one loss call, kept so that they need not be made again.
+    """The kept calls of one loss call.
 
     Args:
         device: whose random generator the calls may draw from.
+        levels: those whose calls may be kept.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, levels: Sequence[str]) -> None:
         self.calls: list[Call] = []
-        self._origins: dict[int, tuple[Tensor, Tensor]] = {}  # id of a copy handed out -> (copy, leaf)
+        self._device = device
+        self._levels = frozenset(levels)
+        self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The cut points, in the order of the calls."""
+        """The stand-ins of all outputs, in the order of the calls."""
         return [leaf for call in self.calls for leaf in call.leaves]
 
     def record(self, level: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the module, remember the call, and return its output cut off from the module's graph."""
-        before = torch_generator_states(self.device)
+        """Call the module, keep the call if it can be kept, and return its output."""
+        arguments = self._note((args, kwargs)) if level in self._levels and _is_plain((args, kwargs)) else None
+        if arguments is None:
+            return module(*args, **kwargs)
+        before, kept_by_module = generator_states(self._device), _attributes(module)
         output = module(*args, **kwargs)
-        after = torch_generator_states(self.device)
-        drew = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        arguments = _map_tensors((args, kwargs), lambda t: self._origins[id(t)][1] if id(t) in self._origins else t)
-        known = {id(leaf) for leaf in self.leaves}
-        if not _is_plain(output) or any(t.requires_grad and id(t) not in known for t in _tensors(arguments)):
-            return output  # arguments made from variables by the loss itself: the graph must stay in one piece
-        call = Call(level, arguments, output, after if drew else None)
-        self.calls.append(call)
-        return self._hand_out(call)
+        if not _is_plain(output) or _attributes(module) != kept_by_module:
+            return output  # a loss may go on to read what the module left in an attribute
+        after = generator_states(self._device)
+        self.calls.append(Call(level, arguments, output, None if before == after else after))
+        return self._hand_out(len(self.calls) - 1, lambda output, _: output.clone())
 
     def replay(self, level: str, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> tuple[bool, Any]:
-        """Return (True, output) of a remembered, not yet used call with the same arguments, else (False, None)."""
+        """Return (True, output) of a kept, not yet used call with the same arguments, else (False, None)."""
         for index, call in enumerate(self.calls):
             if call.level == level and index not in used and self._same(call.arguments, (args, kwargs)):
                 used.add(index)
-                if call.generator_states is not None:
-                    set_torch_generator_states(call.generator_states, self.device)
-                return True, self._hand_out(call)
+                if call.states is not None:
+                    set_generator_states(call.states, self._device)
+                return True, self._hand_out(index, lambda output, leaf: (output if leaf is None else leaf).clone())
         return False, None
 
-    def pull_back(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    def pull_back(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Pull cotangents of `leaves` back through the kept graphs onto `inputs` (one entry each, None for zero)."""
-        total: list[Tensor | None] = [None] * len(inputs)
-        waiting = {id(leaf): c for leaf, c in zip(self.leaves, cotangents, strict=True)}
-        for call in reversed(self.calls):  # a call's arguments come from earlier calls only
-            pairs = [
-                (out, c)
-                for out, leaf in zip(call.graph_outputs, call.leaves, strict=True)
-                if (c := waiting[id(leaf)]) is not None
-            ]
-            if not pairs:
-                continue
-            earlier = [t for t in _tensors(call.arguments) if id(t) in waiting]
-            outputs, grad_outputs = zip(*pairs, strict=True)
-            grads = torch.autograd.grad(
-                outputs, [*inputs, *earlier], grad_outputs, retain_graph=True, allow_unused=True
-            )
-            for i, g in enumerate(grads[: len(inputs)]):
-                total[i] = _plus(total[i], g)
-            for leaf, g in zip(earlier, grads[len(inputs) :], strict=True):
-                waiting[id(leaf)] = _plus(waiting[id(leaf)], g)
-        return total
+        outputs = [output for call in self.calls for output in call.graph_outputs]
+        pairs = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if c is not None]
+        if not pairs:
+            return (None,) * len(inputs)
+        reached, grad_outputs = zip(*pairs, strict=True)
+        return torch.autograd.grad(reached, list(inputs), grad_outputs, retain_graph=True, allow_unused=True)
 
-    def _hand_out(self, call: Call) -> Any:
-        replacement = {id(out): leaf for out, leaf in zip(call.graph_outputs, call.leaves, strict=True)}
+    def _hand_out(self, index: int, copy: Callable[[Tensor, Tensor | None], Tensor]) -> Any:
+        """Return copies of a call's output, which the loss may write into, and remember where they are from."""
+        call = self.calls[index]
+        place = {id(output): k for k, output in enumerate(call.graph_outputs)}
 
-        def hand(tensor: Tensor) -> Tensor:
-            leaf = replacement.get(id(tensor))
-            copy = tensor.clone() if leaf is None else leaf.clone()  # the loss may write into what it is given
-            if leaf is not None:
-                self._origins[id(copy)] = (copy, leaf)
-            return copy
+        def hand(output: Tensor) -> Tensor:
+            k = place.get(id(output))
+            copied = copy(output, None if k is None else call.leaves[k])
+            if k is not None:
+                self._origins[id(copied)] = (copied, copied._version, (index, k))
+            return copied
 
         return _map_tensors(call.output, hand)
 
-    def _same(self, recorded: Any, given: Any) -> bool:
-        if isinstance(recorded, Tensor) and isinstance(given, Tensor):
-            if recorded.requires_grad or given.requires_grad:
-                return id(given) in self._origins and self._origins[id(given)][1] is recorded
-            return recorded is given or (
-                recorded.shape == given.shape and recorded.dtype == given.dtype and torch.equal(recorded, given)
+    def _origin(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Return which output of a kept call a tensor is, if it has not been written into."""
+        found = self._origins.get(id(tensor))
+        return found[2] if found is not None and found[0] is tensor and tensor._version == found[1] else None
+
+    def _note(self, arguments: Any) -> Any:
+        """Replace tensors among arguments by notes of them; None if the loss itself made one from variables."""
+        if any(t.requires_grad and self._origin(t) is None for t in tensors_in(arguments)):
+            return None
+        return _map_tensors(arguments, lambda t: _Argument(t, t._version, self._origin(t)))
+
+    def _same(self, noted: Any, given: Any) -> bool:
+        if isinstance(noted, _Argument):
+            if not isinstance(given, Tensor) or noted.tensor._version != noted.version:
+                return False
+            if noted.origin is not None or given.requires_grad:
+                return noted.origin == self._origin(given)
+            kept = noted.tensor
+            return kept is given or (
+                kept.shape == given.shape
+                and kept.dtype == given.dtype
+                and kept.device == given.device
+                and torch.equal(kept, given)
             )
-        if type(recorded) is not type(given):
+        if type(noted) is not type(given):
             return False
-        if isinstance(recorded, (tuple, list)):
-            return len(recorded) == len(given) and all(map(self._same, recorded, given))
-        if isinstance(recorded, dict):
-            return recorded.keys() == given.keys() and all(self._same(v, given[k]) for k, v in recorded.items())
-        return recorded is given or bool(recorded == given)
+        if isinstance(noted, (tuple, list)):
+            return len(noted) == len(given) and all(map(self._same, noted, given))
+        if isinstance(noted, dict):
+            return noted.keys() == given.keys() and all(self._same(v, given[k]) for k, v in noted.items())
+        return bool(noted == given)
 
 
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and dictionaries."""
+    found: list[Tensor] = []
+    _map_tensors(tree, found.append)
+    return found
 
 
 def _map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -139,15 +165,15 @@ def _map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     return tree
 
 
+def _attributes(module: nn.Module) -> list[int]:
+    """Identify the tensors that a module and its parts hold as plain attributes."""
+    return [id(value) for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+
+
 def _is_plain(tree: Any) -> bool:
+    """Whether all tensors of an object are in sight: nothing but containers of the standard kinds, and constants."""
     if isinstance(tree, (tuple, list)):
         return (type(tree) in (tuple, list) or hasattr(tree, "_fields")) and all(map(_is_plain, tree))
     if isinstance(tree, dict):
         return type(tree) is dict and all(map(_is_plain, tree.values()))
     return tree is None or isinstance(tree, (Tensor, bool, int, float, str))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map_tensors(tree, found.append)
-    return found

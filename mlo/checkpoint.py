@@ -17,10 +17,10 @@ FORMAT = 1
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a state made of tensors, numbers, strings, lists and dictionaries, atomically.
+    """Write a state made of tensors, numbers, strings, lists and dictionaries, atomically, and read it back.
 
     Raises:
-        CheckpointError: the folder cannot be written to.
+        CheckpointError: the folder cannot be written to, or the state holds objects of another kind.
     """
     target = Path(path)
     temporary = ""
@@ -31,7 +31,13 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        torch.load(temporary, map_location="cpu", weights_only=True)
         Path(temporary).replace(target)
+    except (pickle.PickleError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{target}: expected the states of modules, optimizers, schedulers and data to be made of tensors, "
+            f"numbers, strings, lists and dictionaries; found something else ({error})"
+        ) from error
     except OSError as error:
         raise CheckpointError(
             f"{target}: the checkpoint could not be written ({error}); the one before it is untouched"

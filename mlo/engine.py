@@ -34,7 +34,7 @@ from torch import Tensor
 from mlo.autodiff import Backend, Gradients, Level, dense
 from mlo.calls import Calls
 from mlo.checkpoint import read_checkpoint, write_checkpoint
-from mlo.errors import CheckpointError, DivergenceError, MloError
+from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError
 from mlo.graph import Graph
 from mlo.optimizers import Update
 from mlo.randomness import isolated
@@ -167,7 +167,7 @@ class Engine:
         """
         self.graph.check_name(name, "hypergradient")
         self._trace()
-        with isolated(self._backend.device), self._restored(self.graph.structure.names):
+        with self._at_work(), self._restored(self.graph.structure.names):
             tops = self.graph.structure.tops
             found = self._sweep(name, self._approach(name, tops), recorded=False, moves_buffers=False)[0]
         variables = self._levels[name].variables
@@ -180,6 +180,7 @@ class Engine:
         Raises:
             CheckpointError: a level's data cannot be resumed, or the file cannot be written.
         """
+        self._check_generators()
         write_checkpoint(
             path,
             {
@@ -202,15 +203,14 @@ class Engine:
                 f"{path}: expected a checkpoint of the levels {', '.join(self._states)}; found "
                 f"{', '.join(saved.get('levels', {})) or 'none'}"
             )
-        restores = [state.snapshot() for state in self._states.values()]
-        try:
-            with isolated(self._backend.device):
-                for name, state in self._states.items():
-                    state.load_state_dict(saved["levels"][name], saved["seed"])
-        except CheckpointError as error:
-            for restore in restores:
-                restore()
-            raise CheckpointError(f"{path}: {error}") from error
+        for name, state in self._states.items():
+            try:
+                state.check_state_dict(saved["levels"][name])
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        with isolated(self._backend.device):
+            for name, state in self._states.items():
+                state.load_state_dict(saved["levels"][name], saved["seed"])
         self.seed, self.rounds_done, self.total_rounds = saved["seed"], saved["rounds_done"], saved["total_rounds"]
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Engine:
     def _play_round(self) -> dict[str, float]:
         started = time.perf_counter()
         self._tallies = {}
-        with isolated(self._backend.device):
+        with self._at_work():
             for name in self.graph.structure.tops:
                 for _ in range(self.graph[name].steps):
                     self._take_step(name)
@@ -244,7 +244,7 @@ class Engine:
             found, step = self._sweep(name, solve, recorded=recorded, moves_buffers=True, reuses=reuses)
         state = self._states[name]
         self._tally(name, found)
-        if not recorded:  # a level inside no other: its sweep is done, and with it all records
+        if name in self.graph.structure.tops:  # its sweep is done, and with it all records
             solve = None
             for other in self._states.values():
                 other.weights.recorded = False
@@ -268,11 +268,11 @@ class Engine:
             for index in range(self.graph[q].steps):
                 newest = index == self.graph[q].steps - 1
                 reuses = depth != 0 and newest and not structure.inside[q]
-                step = self._take_step(q, recorded=True, repeatable=wanted, reuses=reuses)
+                step = self._take_step(q, recorded=wanted, repeatable=wanted, reuses=reuses)
                 if step is not None:
                     steps.append(step)
                 if not repeatable and depth is not None:
-                    del steps[: len(steps) - depth]
+                    del steps[: max(0, len(steps) - depth)]
             final = self._solve(q, repeatable=repeatable)
             solve.members.append(Member(q, steps, final))
         solve.end = self._world()
@@ -284,7 +284,8 @@ class Engine:
         state = self._states[name]
         call = state.next_call(self._levels, self._progress(), self._backend, recorded=recorded)
         attached = self.graph.structure.reads[name]
-        calls = Calls(self._backend.device) if reuses and attached else None
+        reuses = reuses and self._backend.autocast is None  # products are not taken in lower precision
+        calls = Calls(self._backend.device, self._levels[name].reads) if reuses and attached else None
         world = self._world()
         found = sweep(
             self._context,
@@ -332,6 +333,17 @@ class Engine:
                 stack.callback(self._states[name].snapshot())
             yield
 
+    def _check_generators(self) -> None:
+        """Refuse to save where two levels draw from one generator: neither could be brought back to its position."""
+        owners: dict[int, str] = {}
+        for name, state in self._states.items():
+            for generator in state.stream.generators():
+                if owners.setdefault(id(generator), name) != name:
+                    raise CheckpointError(
+                        f"data of levels {owners[id(generator)]!r} and {name!r}: expected a generator for each; found "
+                        f"one that both draw from. Give each DataLoader a torch.Generator of its own, or none."
+                    )
+
     def _progress(self) -> float:
         return self.rounds_done / self.total_rounds if self.total_rounds else 0.0
 
@@ -355,14 +367,34 @@ class Engine:
         """Call each loss once, changing nothing, and compare what it reads with the edges."""
         if self._traced:
             return
-        with isolated(self._backend.device):
-            for name, state in self._states.items():
-                accessed: set[str] = set()
-                with state.stream.rewound():
-                    call = state.next_call(self._levels, self._progress(), self._backend, recorded=False)
-                    call.evaluate({}, accessed=accessed)
+        for name, state in self._states.items():
+            accessed: set[str] = set()
+            with self._at_work(), state.stream.rewound(), ExitStack() as stack:
+                for level in self._levels.values():
+                    stack.enter_context(level.buffers.held())
+                call = state.next_call(self._levels, self._progress(), self._backend, recorded=False)
+                loss = call.evaluate(autocast=True, accessed=accessed).loss
                 self.graph.check_reads(name, sorted(accessed))
+                self._check_closure(name, loss)
         self._traced = True
+
+    def _check_closure(self, name: str, loss: Tensor) -> None:
+        """Refuse a loss that depends on a level that it did not read through `levels`."""
+        for other in self._levels.values():
+            if other.name == name or other.name in self._levels[name].reads or not loss.requires_grad:
+                continue
+            found = torch.autograd.grad(loss, other.variables.parameters, retain_graph=True, allow_unused=True)
+            if any(g is not None for g in found):
+                raise GraphError(
+                    f"the loss of level {name!r} depends on the variables of level {other.name!r} without an edge: it "
+                    f"uses the module itself. Declare mlo.Edge({other.name!r}, {name!r}) and read levels.{other.name}."
+                )
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Whatever the caller's grad mode, compute with gradients; give the caller's generators back unchanged."""
+        with torch.inference_mode(False), torch.enable_grad(), isolated(self._backend.device):
+            yield
 
 
 def check_device(name: str | torch.device) -> torch.device:

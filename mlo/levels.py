@@ -42,9 +42,6 @@ class Variables:
             for key, p in owner._parameters.items():
                 if p is not None and id(p) in index:
                     self._slots.append((owner._parameters, key, index[id(p)]))
-            if isinstance(owner, nn.RNNBase):  # reads its weights from a list of its own
-                weights = owner._flat_weights
-                self._slots += [(weights, i, index[id(w)]) for i, w in enumerate(weights) if id(w) in index]
 
     def detached(self) -> Tensors:
         """Return the parameters without gradient; they share memory with the parameters."""
@@ -73,20 +70,13 @@ class Buffers:
         self._slots: list[tuple[dict[str, Tensor | None], str]] = [
             (m._buffers, key) for m in module.modules() if id(m) not in light for key in m._buffers
         ]
-        self._copies: tuple[Tensor | None, ...] = ()
-        self._versions: tuple[Any, ...] = (None,)
 
     def copies(self) -> tuple[Tensor | None, ...]:
-        """Return copies of the buffers that a replay must find as they are now, made anew only where they have moved.
+        """Return copies of the buffers that a replay must find as they are now.
 
         Batch normalization in training mode does not read its statistics, and in evaluation mode does not move them.
         """
-        tensors = [container[key] for container, key in self._slots]
-        versions = tuple((id(t), t._version) if t is not None else None for t in tensors)
-        if versions != self._versions:
-            self._copies = tuple(t.clone() if t is not None else None for t in tensors)
-            self._versions = versions
-        return self._copies
+        return tuple(t.clone() if t is not None else None for t in (container[key] for container, key in self._slots))
 
     @contextmanager
     def held(self, copies: tuple[Tensor | None, ...] | None = None) -> Iterator[None]:
@@ -125,6 +115,8 @@ class LevelView:
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols such as copying look these up on half-made objects
+            raise AttributeError(name)
         return getattr(self._module, name)
 
     def __getitem__(self, key: Any) -> Any:
@@ -141,10 +133,20 @@ class Output:
     Attributes:
         loss: scalar tensor that the level minimizes.
         metrics: named scalars, such as an accuracy in [0, 1]; reported as "LEVEL.NAME", never differentiated.
+
+    Raises:
+        GraphError: a metric is called "loss" or "learning_rate", which the engine reports itself.
     """
 
     loss: Tensor
     metrics: Mapping[str, Tensor | float] = field(default_factory=lambda: _NOTHING)
+
+    def __post_init__(self) -> None:
+        reserved = {"loss", "learning_rate"} & self.metrics.keys()
+        if reserved:
+            raise GraphError(
+                f"metrics: expected names other than the engine's own; found {', '.join(sorted(reserved))}"
+            )
 
 
 class Levels:
@@ -152,12 +154,11 @@ class Levels:
 
     Attributes:
         progress: fraction of the run that is done, in [0, 1).
-        accessed: the names read so far.
     """
 
     def __init__(self, reader: str, views: Mapping[str, LevelView], progress: float) -> None:
         self.progress = progress
-        self.accessed: set[str] = set()
+        self._accessed: set[str] = set()
         self._reader = reader
         self._views = views
 
@@ -172,5 +173,5 @@ class Levels:
                 f"the loss of level {self._reader!r} reads levels.{name}; it may read {readable}. "
                 f"Declare mlo.Edge({name!r}, {self._reader!r}), or mend the name."
             ) from None
-        self.accessed.add(name)
+        self._accessed.add(name)
         return view

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlo.autodiff import Gradient, norm
+from mlo.autodiff import Gradient, alias, norm
 from mlo.levels import Tensors
 
 State = Mapping[str, Tensor]
@@ -144,11 +144,11 @@ class Update:
         buckets: list[_Bucket] = []
         state: list[dict[str, Tensor]] = [{} for _ in parameters]
         for group in optimizer.param_groups:
-            options = {key: value for key, value in group.items() if key != "params"}
+            options = {key: _kept(value) for key, value in group.items() if key != "params"}
             by_kind: dict[tuple[Any, ...], list[int]] = {}
             for p in group["params"]:
                 i = index.get(id(p))
-                if i is None or gradient[i] is None:
+                if i is None:
                     continue
                 own = optimizer.state.get(p, {})
                 state[i] = {
@@ -156,8 +156,9 @@ class Update:
                     for key, value in own.items()
                     if isinstance(value, Tensor) and key != "step" and value.shape == p.shape
                 }
-                kind = (float(own.get("step", 0)), tuple(sorted(state[i])))
-                by_kind.setdefault(kind, []).append(i)
+                if gradient[i] is not None:
+                    kind = (float(own.get("step", 0)), tuple(sorted(state[i])), p.dtype)
+                    by_kind.setdefault(kind, []).append(i)
             buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]
         return cls(_RULES[type(optimizer)], tuple(buckets), clip_norm, tuple(state))
 
@@ -199,9 +200,9 @@ class Update:
         """
         state = self.state if state is None else state
         with torch.enable_grad():
-            w = tuple(_input(t, create_graph) for t in weights)
-            g = tuple(None if t is None else _input(t, create_graph) for t in gradient)
-            s = tuple({name: _input(t, create_graph) for name, t in own.items()} for own in state)
+            w = tuple(alias(t, create_graph=create_graph) for t in weights)
+            g = tuple(None if t is None else alias(t, create_graph=create_graph) for t in gradient)
+            s = tuple({name: alias(t, create_graph=create_graph) for name, t in own.items()} for own in state)
             new_w, new_s = self.apply(w, g, s)
         outputs, cotangents = list(new_w), list(cotangent)
         for i, own in enumerate(state_cotangent or ()):
@@ -242,6 +243,11 @@ def _coupled(weights: Tensor, gradient: Tensor, options: Mapping[str, Any]) -> T
     return gradient + options["weight_decay"] * weights if options["weight_decay"] else gradient
 
 
+def _kept(value: Any) -> Any:
+    """Copy an option that a scheduler may write into."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
@@ -249,9 +255,3 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def _unflat(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     pieces = torch.split(vector, [shape.numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def _input(tensor: Tensor, create_graph: bool) -> Tensor:
-    if create_graph and tensor.requires_grad:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_()

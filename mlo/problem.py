@@ -61,7 +61,8 @@ class Problem:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.isidentifier() or self.name == "progress":
+        usable = isinstance(self.name, str) and self.name.isidentifier() and not self.name.startswith("_")
+        if not usable or self.name == "progress":
             raise GraphError(
                 f"a level's name must be a Python identifier other than 'progress' (losses read levels.NAME); "
                 f"found {self.name!r}"

@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,32 +35,53 @@ def seed_generators(key: int, device: torch.device) -> None:
         torch.mps.manual_seed(key)
 
 
-def torch_generator_states(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return the states of torch's global generators on the CPU and on `device`."""
+class GeneratorStates:
+    """Where the global generators of Python, NumPy, torch on the CPU and torch on a device stand."""
+
+    def __init__(self, python: Any, numpy: Any, torch_states: tuple[torch.Tensor, ...]) -> None:
+        self.python = python
+        self.numpy = numpy
+        self.torch = torch_states
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both would draw the same."""
+        return (
+            isinstance(other, GeneratorStates)
+            and self.python == other.python
+            and self.numpy[2:] == other.numpy[2:]
+            and np.array_equal(self.numpy[1], other.numpy[1])
+            and all(map(torch.equal, self.torch, other.torch))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def generator_states(device: torch.device) -> GeneratorStates:
+    """Return where the global generators stand."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     elif device.type == "mps":
         states.append(torch.mps.get_rng_state())
-    return tuple(states)
+    return GeneratorStates(random.getstate(), np.random.get_state(), tuple(states))  # noqa: NPY002
 
 
-def set_torch_generator_states(states: tuple[torch.Tensor, ...], device: torch.device) -> None:
-    """Put back what `torch_generator_states` returned."""
-    torch.set_rng_state(states[0])
+def set_generator_states(states: GeneratorStates, device: torch.device) -> None:
+    """Put the global generators back to where they stood."""
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)  # noqa: NPY002
+    torch.set_rng_state(states.torch[0])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state(states.torch[1], device)
     elif device.type == "mps":
-        torch.mps.set_rng_state(states[1])
+        torch.mps.set_rng_state(states.torch[1])
 
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
     """Give the caller's generators back unchanged, whatever is drawn in the block."""
-    python, numpy, states = random.getstate(), np.random.get_state(), torch_generator_states(device)  # noqa: NPY002
+    states = generator_states(device)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        set_torch_generator_states(states, device)
+        set_generator_states(states, device)

@@ -80,7 +80,8 @@ class LevelState:
         parameters = self.level.variables.parameters
         kept = [p.grad for p in parameters]
         for p, g in zip(parameters, clip(gradient, self.problem.clip_norm), strict=True):
-            p.grad = g.detach() if g is not None else None
+            # A copy: the record keeps the gradient, and an optimizer may write into the one it is given.
+            p.grad = None if g is None else g.detach().clone(memory_format=torch.contiguous_format)
         self.problem.optimizer.step()
         for p, g in zip(parameters, kept, strict=True):
             p.grad = g
@@ -91,8 +92,13 @@ class LevelState:
 
     def snapshot(self) -> Callable[[], None]:
         """Copy everything that a step changes (the stream apart); return a function that puts it back bit for bit."""
-        tensors = [*self.problem.module.parameters(), *self.problem.module.buffers()]
+        tensors = list(self.problem.module.parameters())
         copies = [t.detach().clone() for t in tensors]
+        buffers = [
+            (part._buffers, key, t, None if t is None else t.detach().clone())
+            for part in self.problem.module.modules()
+            for key, t in part._buffers.items()
+        ]
         optimizer = self.problem.optimizer
         states = {p: {k: (v, _copy(v)) for k, v in own.items()} for p, own in optimizer.state.items()}
         groups = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -103,6 +109,8 @@ class LevelState:
         def restore() -> None:
             for t, saved in zip(tensors, copies, strict=True):
                 t.copy_(saved)
+            for container, key, buffer, kept in buffers:
+                container[key] = None if buffer is None or kept is None else buffer.copy_(kept)
             optimizer.state.clear()
             for p, own in states.items():
                 optimizer.state[p] = {
@@ -121,6 +129,7 @@ class LevelState:
         """Return everything that a resumed run needs of this level."""
         scheduler = self.problem.scheduler
         return {
+            "kinds": self._kinds(),
             "module": self.problem.module.state_dict(),
             "loose_buffers": dict(_loose_buffers(self.problem.module)),
             "optimizer": self.problem.optimizer.state_dict(),
@@ -130,22 +139,35 @@ class LevelState:
             "scale": [self.scale.value, self.scale.good_steps],
         }
 
-    def load_state_dict(self, state: dict[str, Any], seed: int) -> None:
-        """Go on where `state_dict` was taken.
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare a state with the level, before anything is loaded.
 
         Raises:
             CheckpointError: it is of another module, optimizer or scheduler.
         """
-        where = f"level {self.problem.name!r}"
-        try:
-            self.problem.module.load_state_dict(state["module"])
-            self.problem.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{where}: expected a checkpoint of the same module and optimizer; {error}"
-            ) from error
-        if (self.problem.scheduler is None) != (state["scheduler"] is None):
-            raise CheckpointError(f"{where}: expected a checkpoint with the same scheduler; one of the two has none")
+        where = f"level {self.problem.name!r}: expected a checkpoint of the same"
+        if state["kinds"] != self._kinds():
+            raise CheckpointError(f"{where} optimizer and scheduler, {self._kinds()}; found {state['kinds']}")
+        own = {**self.problem.module.state_dict(), **dict(_loose_buffers(self.problem.module))}
+        saved = {**state["module"], **state["loose_buffers"]}
+        for name in sorted(own.keys() | saved.keys()):
+            shapes = [_shape(tensors.get(name)) for tensors in (own, saved)]
+            if shapes[0] != shapes[1]:
+                raise CheckpointError(f"{where} module; {name} is {shapes[0]} here and {shapes[1]} there")
+        here, there = (
+            [len(group["params"]) for group in groups]
+            for groups in (self.problem.optimizer.param_groups, state["optimizer"]["param_groups"])
+        )
+        if here != there:
+            raise CheckpointError(f"{where} optimizer; its groups have {here} parameters here and {there} there")
+
+    def _kinds(self) -> list[str]:
+        return [type(self.problem.optimizer).__name__, type(self.problem.scheduler).__name__]
+
+    def load_state_dict(self, state: dict[str, Any], seed: int) -> None:
+        """Go on where `state_dict` was taken; the state has been checked."""
+        self.problem.module.load_state_dict(state["module"])
+        self.problem.optimizer.load_state_dict(state["optimizer"])
         if self.problem.scheduler is not None:
             self.problem.scheduler.load_state_dict(state["scheduler"])
         for name, buffer in _loose_buffers(self.problem.module):
@@ -168,6 +190,10 @@ def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
 def _loose_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     saved = module.state_dict().keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name not in saved]
+
+
+def _shape(value: Any) -> str:
+    return "missing" if value is None else str(tuple(value.shape)) if isinstance(value, Tensor) else "not a tensor"
 
 
 def _copy(value: Any) -> Any:

@@ -90,10 +90,9 @@ class Stream:
     def rewound(self) -> Iterator[None]:
         """Serve the batches that were drawn within the block again after it."""
         start, mark = self.position, len(self._log)
+        if isinstance(self._data, Stateful) and not self._pending and not self._rewinds:
+            self._base, self._served_since_base = self._data.state_dict(), 0
         served = self._served_since_base
-        if isinstance(self._data, Stateful) and not self._pending:
-            self._base, served = self._data.state_dict(), 0
-            self._served_since_base = 0
         self._rewinds += 1
         try:
             yield
@@ -102,6 +101,10 @@ class Stream:
             self._pending.extendleft(reversed(self._log[mark:]))
             del self._log[mark:]
             self.position, self._served_since_base = start, served
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the torch generators that the data draws from by itself."""
+        return _generators(self._data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on exactly here.

@@ -17,12 +17,13 @@ is a constant of the map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from mlo.autodiff import Gradient, Gradients, LossCall, add, dense, inner_product, norm
+from mlo.autodiff import Gradient, Gradients, LossCall, add, alias, dense, inner_product, norm
 from mlo.calls import Calls
 from mlo.levels import Tensors
 from mlo.optimizers import OptimizerState, Update
@@ -121,14 +122,16 @@ class Step:
         """
         values = self._values(targets, self.weights)
         inputs = {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
-        found = self._total(values, [self.level], create_graph=True, follows=targets)
-        scalar = inner_product(found.of[self.level], direction)
         flat = [t for q in targets for t in inputs[q]]
-        leaves = self._kept.leaves if self._kept else []
-        if scalar is None or not scalar.requires_grad:
-            grads: Gradient = (None,) * (len(flat) + len(leaves))
-        else:
-            grads = torch.autograd.grad(scalar, [*flat, *leaves], allow_unused=True, create_graph=self.create_graph)
+        kept = self._kept
+        flat += kept.leaves if kept else []
+        grads: Gradient = (None,) * len(flat)
+        with self._total(values, [self.level], create_graph=True, follows=targets) as found:
+            scalar = inner_product(found.of[self.level], direction)
+            if scalar is not None and scalar.requires_grad:
+                grads = torch.autograd.grad(
+                    scalar, flat, allow_unused=True, create_graph=self.create_graph, retain_graph=True
+                )
         return self._split(grads, inputs)
 
     def difference(self, direction: Gradient, targets: Sequence[str], radius: float) -> dict[str, Tensors]:
@@ -147,9 +150,9 @@ class Step:
                 for w, d in zip(self.weights, direction, strict=True)
             )
             values = self._values(targets, moved)
-            found = self._total(values, targets)
             inputs = {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
-            sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
+            with self._total(values, targets) as found:
+                sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
         slope = tuple(
             None if p is None or m is None else (p - m) / (2 * length).to(p.dtype) for p, m in zip(*sides, strict=True)
         )
@@ -171,8 +174,8 @@ class Step:
         values = {name: w.tensors for name, w in self.world.items() if not w.live}
         for q in targets:
             if q in values or self.inner is not None:  # a repeated solve must tell partial from total derivatives
-                values[q] = _fresh(self.world[q].tensors, self.create_graph)
-        values[self.level] = _fresh(own, self.create_graph)
+                values[q] = self._alias(self.world[q].tensors)
+        values[self.level] = self._alias(own)
         return values
 
     def _total(
@@ -182,24 +185,27 @@ class Step:
         *,
         create_graph: bool = False,
         follows: Sequence[str] = (),
-    ) -> Gradients:
-        return total_gradients(
-            self.context,
-            self.call,
-            self.inner,
-            values,
-            wrt,
-            create_graph=create_graph or self.create_graph,
-            replay=self._kept if self.inner is None else None,
-            follows=follows,
-        )
+    ) -> AbstractContextManager[Gradients]:
+        """Total derivatives of F_p at any values; without a nest, everything stays in force within the block."""
+        create_graph = create_graph or self.create_graph
+        if self.inner is None:
+            return self.call.differentiated(values, wrt, create_graph=create_graph, replay=self._kept, follows=follows)
+        outer = {name: Weights(tensors) for name, tensors in values.items()}
+        repeated = replay_solve(self.context, self.inner, outer, create_graph=create_graph)
+        return nullcontext(sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph))
+
+    def _alias(self, tensors: Tensors) -> Tensors:
+        return tuple(alias(t, create_graph=self.create_graph) for t in tensors)
 
     def _split(self, grads: Gradient, inputs: Mapping[str, Tensors]) -> dict[str, Tensors]:
         count = sum(len(t) for t in inputs.values())
         flat = [t for tensors in inputs.values() for t in tensors]
         own = grads[:count]
-        if self._kept and any(c is not None for c in grads[count:]):
-            own = add(own, tuple(self._kept.pull_back(grads[count:], flat)))
+        if self._kept is not None:
+            with ExitStack() as stack:  # a module that recomputes its activations must not move its buffers
+                for name in {kept.level for kept in self._kept.calls}:
+                    stack.enter_context(self.call.levels[name].buffers.held())
+                own = add(own, self._kept.pull_back(grads[count:], flat))
         result, position = {}, 0
         for q, tensors in inputs.items():
             result[q] = dense(own[position : position + len(tensors)], tensors)
@@ -267,25 +273,6 @@ class Response:
         The others moved after the step: what it read of them was their start, a constant of the solve.
         """
         return tuple(q for q in self.targets if step.is_current(q, self.end))
-
-
-def total_gradients(
-    context: Context,
-    call: LossCall,
-    solve: Solve | None,
-    values: Mapping[str, Tensors],
-    wrt: Sequence[str],
-    *,
-    create_graph: bool = False,
-    replay: Calls | None = None,
-    follows: Sequence[str] = (),
-) -> Gradients:
-    """Return total derivatives of a loss at any values, repeating the recorded solve of the levels inside it."""
-    if solve is None:
-        return call.gradients(values, wrt, create_graph=create_graph, replay=replay, follows=follows)
-    outer = {name: Weights(tensors) for name, tensors in values.items()}
-    repeated = replay_solve(context, solve, outer, create_graph=create_graph)
-    return sweep(context, call, repeated, repeated.end, wrt, create_graph=create_graph)
 
 
 def sweep(
@@ -388,9 +375,3 @@ def _replay_step(
         after = tuple(t.detach() for t in after)
         new_state = tuple({name: t.detach() for name, t in own.items()} for own in new_state)
     return Step(context, step.call, world, gradient, update, inner, None, create_graph), after, new_state
-
-
-def _fresh(tensors: Tensors, create_graph: bool) -> Tensors:
-    if create_graph:
-        return tuple(t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors)
-    return tuple(t.detach().requires_grad_() for t in tensors)

@@ -167,7 +167,7 @@ def test_a_loss_that_raises_leaves_the_module_as_it_was():
     fail.armed = False
     graph = mlo.Graph(
         [
-            mlo.Problem("low", module, lambda levels, batch: levels.low(batch).square().mean() * levels.up(batch).mean(),
+            mlo.Problem("low", module, lambda levels, batch: (levels.low(batch) ** 2).mean() * levels.up(batch).mean(),
                         torch.optim.SGD(module.parameters(), lr=0.1), [torch.randn(4, 2)]),
             mlo.Problem("up", other, fail, torch.optim.SGD(other.parameters(), lr=0.1), [torch.randn(4, 2)]),
         ],

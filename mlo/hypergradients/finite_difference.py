@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mlo.autodiff import Gradient
 from mlo.errors import MloError
 from mlo.hypergradients.base import Hypergradient
 from mlo.hypergradients.steps import check_last, pull_back_steps
 from mlo.levels import Tensors
-from mlo.sweep import Response
+from mlo.sweep import Response, Step
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class FiniteDifference(Hypergradient):
     epsilon times norm(dL_p/dw_q) norm(a) / radius: for smooth losses use about 1e-2 in float32 and 1e-4 in float64.
     Networks with kinks (ReLU, max pooling) have no second derivative there; the difference then averages over the kinks
     within the radius.
+
+    In a nest, where levels are solved inside this one, the product is taken by double backward instead: the difference
+    relies on a symmetry of second derivatives that an inexact estimator further inside breaks.
 
     Cost: two gradients with respect to the targets a step; the forward passes of other levels are not repeated.
 
@@ -52,9 +56,9 @@ class FiniteDifference(Hypergradient):
 
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
         """Pull back through the steps, newest first."""
-        return pull_back_steps(
-            cotangent,
-            response,
-            self.last,
-            lambda step, direction, targets: step.difference(direction, targets, self.radius),
-        )
+        return pull_back_steps(cotangent, response, self.last, self._product)
+
+    def _product(self, step: Step, direction: Gradient, targets: Sequence[str]) -> dict[str, Tensors]:
+        if step.inner is not None:
+            return step.product(direction, targets)
+        return step.difference(direction, targets, self.radius)

@@ -32,6 +32,9 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
     for index in reversed(range(len(steps))):
         step, is_first = steps[index], index == 0
         a_weights, direction, state_cotangent = step.pull_back_update(cotangent, state_cotangent)
+        if all(d is None for d in direction):  # the step's loss did not depend on the level
+            cotangent = a_weights
+            continue
         targets = response.current(step) if is_first else (response.level, *response.current(step))
         if not targets:
             continue
