@@ -24,7 +24,7 @@ class LossScale:
 
     def __init__(self, *, active: bool) -> None:
         self.active = active
-        self.value = 2.0**16 if active else 1.0
+        self.value = 2.0**10 if active else 1.0
         self.good_steps = 0
 
     def admits(self, gradient: Gradient) -> bool:
