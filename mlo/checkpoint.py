@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = torch.load(target, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{target}: expected a checkpoint; found no file") from error
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{target}: expected a checkpoint of mlo; found a file that cannot be read ({error})"
         ) from error
