@@ -129,6 +129,8 @@ class Run:
         Raises:
             Interrupted: by SIGINT or SIGTERM; everything is saved.
         """
+        if self.recipe.threads is not None:
+            torch.set_num_threads(self.recipe.threads)
         with self._stoppable():
             figures = dict(experiment.run(self))
         result = {**figures, "seed": self.recipe.seed, "recipe": self.name, "versions": versions()}

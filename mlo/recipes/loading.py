@@ -37,6 +37,7 @@ class Recipe(RecipePart):
         rounds: of the problem's main engine; `--rounds` sets it.
         rollback: put the lower levels back before each upper step, and solve them again after it.
         checkpoint_every: rounds from one checkpoint to the next.
+        threads: of torch on the CPU, or None to leave them as they are; small kernels run fastest on one.
     """
 
     problem: str
@@ -47,6 +48,7 @@ class Recipe(RecipePart):
     rounds: PositiveInt
     rollback: bool = False
     checkpoint_every: PositiveInt = 50
+    threads: PositiveInt | None = None
 
     @field_validator("device")
     @classmethod

@@ -74,7 +74,7 @@ def test_a_bundled_recipe(tmp_path: Path, write: Write, schemas: Schemas) -> Non
             "batchsize: 3",
             (
                 "batchsize: found an unknown key with the value 3, expected one of problem, description, seed, device, "
-                "precision, rounds, rollback, checkpoint_every, levels, batch_size, noise, lambda, shuffle, widths, "
+                "precision, rounds, rollback, checkpoint_every, threads, levels, batch_size, noise, lambda, shuffle, widths, "
                 "groups; did you mean 'batch_size'?"
             ),
         ),
@@ -269,6 +269,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "rounds: 10\n"
         "rollback: false\n"
         "checkpoint_every: 50\n"
+        "threads: null\n"
         "levels:\n"
         "  teacher:\n"
         "    optimizer:\n"
