@@ -49,7 +49,8 @@ def test_truncation_keeps_exactly_the_last_steps(last):
         [
             mlo.Problem("low", low, lambda levels, batch: ((levels.low.w - levels.up.u) ** 2).sum(),
                         torch.optim.SGD(low.parameters(), lr=0.1), None, steps=6, hypergradient=mlo.Unroll(last=last)),
-            mlo.Problem("up", up, lambda levels, batch: levels.low.w.sum(), torch.optim.SGD(up.parameters(), lr=0.1), None),
+            mlo.Problem("up", up, lambda levels, batch: levels.low.w.sum(),
+                        torch.optim.SGD(up.parameters(), lr=0.1), None),
         ],
         [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
     )  # fmt: skip
@@ -196,7 +197,8 @@ def test_a_foreign_module_used_without_an_edge_is_refused():
         [
             mlo.Problem("teacher", teacher, lambda levels, batch: levels.teacher(batch).sum(),
                         torch.optim.SGD(teacher.parameters(), lr=0.1), [torch.ones(1, 2)]),
-            mlo.Problem("student", student, lambda levels, batch: (levels.student(teacher(batch)) + levels.teacher(batch)).sum(),
+            mlo.Problem("student", student,
+                        lambda levels, batch: (levels.student(teacher(batch)) + levels.teacher(batch)).sum(),
                         torch.optim.SGD(student.parameters(), lr=0.1), [torch.ones(1, 2)]),
         ],
         [mlo.Edge("teacher", "student")],
