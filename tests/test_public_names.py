@@ -1,0 +1,31 @@
+"""The public names are a promise: changing them is a decision, recorded here and in the changelog."""
+
+import mlo
+from mlo.cli import main
+from mlo.hypergradients import KINDS
+
+
+def test_exports():
+    assert sorted(mlo.__all__) == [
+        "CheckpointError", "DivergenceError", "Edge", "Engine", "FiniteDifference", "FirstOrder", "Graph", "GraphError",
+        "Hypergradient", "Levels", "MloError", "Output", "Problem", "RecipeError", "Response", "Step", "Tensors",
+        "Unroll", "__version__", "register_optimizer",
+    ]  # fmt: skip
+    assert all(hasattr(mlo, name) for name in mlo.__all__)
+
+
+def test_recipe_kinds():
+    assert sorted(KINDS) == ["finite_difference", "first_order", "unroll"]
+
+
+def test_command_line_flags():
+    flags = {
+        name: sorted(option for parameter in command.params for option in parameter.opts if option.startswith("--"))
+        for name, command in main.commands.items()
+    }
+    assert flags == {
+        "list": [],
+        "run": ["--device", "--output", "--quiet", "--rounds", "--seed", "--set"],
+        "resume": ["--quiet"],
+        "graph": ["--output", "--set"],
+    }
