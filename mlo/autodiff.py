@@ -278,7 +278,6 @@ def _checked(level: str, result: Any) -> Output:
         found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise GraphError(
             f"the loss of level {level!r} must return one floating-point number, as a tensor or an mlo.Output; found "
-            f"{found}. "
-            f"Reduce it, for example with .mean()."
+            f"{found}. Reduce it, for example with .mean()."
         )
     return Output(loss.reshape(()), output.metrics)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mlo.randomness import GeneratorStates, generator_states, set_generator_states
+from mlo.trees import map_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,11 @@ class Calls:
 
     Args:
         device: whose random generator the calls may draw from.
-        levels: those whose calls may be kept.
     """
 
-    def __init__(self, device: torch.device, levels: Sequence[str]) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.calls: list[Call] = []
         self._device = device
-        self._levels = frozenset(levels)
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
     @property
@@ -68,7 +67,7 @@ class Calls:
 
     def record(self, level: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module, keep the call if it can be kept, and return its output."""
-        arguments = self._note((args, kwargs)) if level in self._levels and _is_plain((args, kwargs)) else None
+        arguments = self._note((args, kwargs)) if _is_plain((args, kwargs)) else None
         if arguments is None:
             return module(*args, **kwargs)
         before, kept_by_module = generator_states(self._device), _attributes(module)
@@ -110,7 +109,7 @@ class Calls:
                 self._origins[id(copied)] = (copied, copied._version, (index, k))
             return copied
 
-        return _map_tensors(call.output, hand)
+        return map_tensors(call.output, hand)
 
     def _origin(self, tensor: Tensor) -> tuple[int, int] | None:
         """Return which output of a kept call a tensor is, if it has not been written into."""
@@ -121,7 +120,7 @@ class Calls:
         """Replace tensors among arguments by notes of them; None if the loss itself made one from variables."""
         if any(t.requires_grad and self._origin(t) is None for t in tensors_in(arguments)):
             return None
-        return _map_tensors(arguments, lambda t: _Argument(t, t._version, self._origin(t)))
+        return map_tensors(arguments, lambda t: _Argument(t, t._version, self._origin(t)))
 
     def _same(self, noted: Any, given: Any) -> bool:
         if isinstance(noted, _Argument):
@@ -143,26 +142,6 @@ class Calls:
         if isinstance(noted, dict):
             return noted.keys() == given.keys() and all(self._same(v, given[k]) for k, v in noted.items())
         return bool(noted == given)
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and dictionaries."""
-    found: list[Tensor] = []
-    _map_tensors(tree, found.append)
-    return found
-
-
-def _map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple):
-        items = [_map_tensors(item, function) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [_map_tensors(item, function) for item in tree]
-    if isinstance(tree, dict):
-        return {key: _map_tensors(value, function) for key, value in tree.items()}
-    return tree
 
 
 def _attributes(module: nn.Module) -> list[int]:

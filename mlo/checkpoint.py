@@ -16,6 +16,14 @@ from mlo.errors import CheckpointError
 FORMAT = 1
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole or not at all."""
+    target = Path(path)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)
+
+
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write a state made of tensors, numbers, strings, lists and dictionaries, atomically, and read it back.
 

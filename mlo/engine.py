@@ -34,6 +34,7 @@ from torch import Tensor
 from mlo.autodiff import Backend, Gradients, Level, dense
 from mlo.calls import Calls
 from mlo.checkpoint import read_checkpoint, write_checkpoint
+from mlo.devices import find_device
 from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError
 from mlo.graph import Graph
 from mlo.optimizers import Update
@@ -89,7 +90,7 @@ class Engine:
         self.rounds_done = 0
         self.total_rounds = 0
         self._rollback = rollback
-        self._backend = Backend(_find_device(device, graph), _PRECISIONS[precision])
+        self._backend = Backend(find_device(device, [p.module for p in graph.levels]), _PRECISIONS[precision])
         for problem in graph.levels:
             problem.module.to(self._backend.device)
             move_optimizer(problem.optimizer, self._backend.device)
@@ -285,7 +286,7 @@ class Engine:
         call = state.next_call(self._levels, self._progress(), self._backend, recorded=recorded)
         attached = self.graph.structure.reads[name]
         reuses = reuses and self._backend.autocast is None  # products are not taken in lower precision
-        calls = Calls(self._backend.device, self._levels[name].reads) if reuses and attached else None
+        calls = Calls(self._backend.device) if reuses and attached else None
         world = self._world()
         found = sweep(
             self._context,
@@ -359,8 +360,8 @@ class Engine:
             if not math.isfinite(loss):
                 raise DivergenceError(
                     f"round {self.rounds_done}, level {name!r}: expected a finite loss; found {loss}. Lower the "
-                    f"learning rate of "
-                    f"the level or of one that it reads, or set clip_norm; the newest checkpoint is from before."
+                    f"learning rate of the level or of one that it reads, or set clip_norm; the newest checkpoint is "
+                    f"from before."
                 )
 
     def _trace(self) -> None:
@@ -395,35 +396,3 @@ class Engine:
         """Whatever the caller's grad mode, compute with gradients; give the caller's generators back unchanged."""
         with torch.inference_mode(False), torch.enable_grad(), isolated(self._backend.device):
             yield
-
-
-def check_device(name: str | torch.device) -> torch.device:
-    """Return the torch device of a name.
-
-    Raises:
-        MloError: there is no such kind of device, or none of it here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise MloError(
-            f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {str(name)!r}"
-        ) from error
-    available = {
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device.type, True):
-        raise MloError(f"device: expected one that torch can use here; found {str(name)!r}. Choose 'auto' or 'cpu'.")
-    return device
-
-
-def _find_device(device: str | torch.device, graph: Graph) -> torch.device:
-    if device != "auto":
-        return check_device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    doubles = any(p.dtype == torch.float64 for problem in graph.levels for p in problem.module.parameters())
-    if torch.backends.mps.is_available() and not doubles:
-        return torch.device("mps")
-    return torch.device("cpu")

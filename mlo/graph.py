@@ -95,8 +95,7 @@ class Graph:
             if source not in accessed:
                 raise GraphError(
                     f"edge {source!r} -> {name!r}: expected the loss of {name!r} to read levels.{source}; one call of "
-                    f"it read "
-                    f"{', '.join(sorted(accessed)) or 'nothing'}. Remove the edge, or read the level."
+                    f"it read {', '.join(sorted(accessed)) or 'nothing'}. Remove the edge, or read the level."
                 )
 
     def _check_levels(self) -> None:
@@ -122,8 +121,7 @@ class Graph:
             if edge.source == edge.target:
                 raise GraphError(
                     f"{edge}: a loss always reads its own level's variables; found an edge from {edge.source!r} to "
-                    f"itself. "
-                    f"Remove it."
+                    f"itself. Remove it."
                 )
             if (edge.source, edge.target) in seen:
                 raise GraphError(
@@ -139,9 +137,8 @@ class Graph:
             if not reachable(successors, name) & set(above):
                 raise GraphError(
                     f"level {name!r}: expected it to influence a level above it ({', '.join(above)}), directly or "
-                    f"through "
-                    f"others; found no path of edges. Add mlo.Edge({name!r}, ...) to the level whose loss reads it, "
-                    f"or remove it."
+                    f"through others; found no path of edges. Add mlo.Edge({name!r}, ...) to the level whose loss "
+                    f"reads it, or remove it."
                 )
 
     def _check_parameters(self) -> None:
@@ -157,8 +154,7 @@ class Graph:
             if shared:
                 raise GraphError(
                     f"levels {a.name!r} and {b.name!r}: expected each parameter in one level; found {shared[0]!r} of "
-                    f"{a.name!r} in "
-                    f"both. Let one level read the other through an edge instead of sharing the module."
+                    f"{a.name!r} in both. Let one level read the other through an edge instead of sharing the module."
                 )
         for problem in self.levels:
             self._check_optimizer(problem, owned[problem.name])
@@ -174,9 +170,8 @@ class Graph:
         foreign = [p for p in held if id(p) not in members]
         if foreign:
             raise GraphError(
-                f"{where}: expected parameters of the level's own module; found {len(foreign)} foreign ones (the "
-                f"first has shape "
-                f"{tuple(foreign[0].shape)}). Build it over module.parameters()."
+                f"{where}: expected parameters of the level's own module; found {len(foreign)} foreign ones (the first "
+                f"has shape {tuple(foreign[0].shape)}). Build it over module.parameters()."
             )
         if not any(id(p) in owned for p in held):
             raise GraphError(f"{where}: expected it to hold the level's trainable parameters; found none of them.")
@@ -189,9 +184,8 @@ class Graph:
             needs = bool(uppers) and (problem.hypergradient.needs_update_rule or repeated)
             if needs and not has_update_rule(problem.optimizer):
                 raise GraphError(
-                    f"level {problem.name!r}: {problem.hypergradient!r} differentiates the optimizer's steps; "
-                    f"expected one of "
-                    f"{', '.join(registered_optimizers())}; found {type(problem.optimizer).__name__}. Change the "
-                    f"optimizer, "
-                    f"teach its update with mlo.register_optimizer, or choose an estimator that does not need it."
+                    f"level {problem.name!r}: {problem.hypergradient!r} differentiates the optimizer's steps; expected "
+                    f"one of {', '.join(registered_optimizers())}; found {type(problem.optimizer).__name__}. Change "
+                    f"the optimizer, teach its update with mlo.register_optimizer, or choose an estimator that does "
+                    f"not need it."
                 )

@@ -182,7 +182,6 @@ class Update:
         cotangent: Tensors,
         state_cotangent: OptimizerState | None,
         *,
-        state: OptimizerState | None = None,
         create_graph: bool = False,
     ) -> tuple[Tensors, Gradient, OptimizerState]:
         """Pull cotangents of the new weights and the new state back through the step.
@@ -192,17 +191,15 @@ class Update:
             gradient: that the step was taken with, before clipping.
             cotangent: of the new weights.
             state_cotangent: of the new state, or None for zero.
-            state: just before the step, where it is not the captured one.
             create_graph: keep the result differentiable.
 
         Returns:
             The cotangents of the weights, of the gradient and of the state before the step.
         """
-        state = self.state if state is None else state
         with torch.enable_grad():
             w = tuple(alias(t, create_graph=create_graph) for t in weights)
             g = tuple(None if t is None else alias(t, create_graph=create_graph) for t in gradient)
-            s = tuple({name: alias(t, create_graph=create_graph) for name, t in own.items()} for own in state)
+            s = tuple({name: alias(t, create_graph=create_graph) for name, t in own.items()} for own in self.state)
             new_w, new_s = self.apply(w, g, s)
         outputs, cotangents = list(new_w), list(cotangent)
         for i, own in enumerate(state_cotangent or ()):

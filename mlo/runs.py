@@ -34,6 +34,7 @@ import numpy
 import torch
 import torchvision
 
+from mlo.checkpoint import write_text
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, MloError
 from mlo.graph import Graph
@@ -110,8 +111,7 @@ class Run:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise MloError(
                 f"{path}: expected a new or empty folder for the run; found files. Choose another --output, or go on "
-                f"with that run: "
-                f"mlo resume {path}"
+                f"with that run: mlo resume {path}"
             )
         path.mkdir(parents=True, exist_ok=True)
         # The name stands in a comment, so that the file is the recipe and nothing else.
@@ -287,9 +287,7 @@ def resume(folder: str | os.PathLike[str], load: Any, *, progress: bool = True) 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file, atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from mlo.errors import CheckpointError, MloError
 from mlo.randomness import random_key, seed_generators
+from mlo.trees import map_tensors
 
 
 @runtime_checkable
@@ -158,10 +159,8 @@ class Stream:
                 if restarted or self._drawn.index == 0:
                     raise MloError(
                         f"data of level {self._name!r}: expected an iterable of batches that can be iterated again "
-                        f"when it is "
-                        f"exhausted; found {type(self._data).__name__}, which gave no batch in epoch "
-                        f"{self._drawn.epoch}. Pass a "
-                        f"DataLoader or a list, not an iterator."
+                        f"when it is exhausted; found {type(self._data).__name__}, which gave no batch in epoch "
+                        f"{self._drawn.epoch}. Pass a DataLoader or a list, not an iterator."
                     ) from None
                 restarted = True
                 self._iterator = None
@@ -195,23 +194,13 @@ class Stream:
             return
         raise CheckpointError(
             f"data of level {self._name!r}: expected something that can be resumed exactly (a DataLoader, an iterable "
-            f"that "
-            f"gives the same batches again, or an object with state_dict and load_state_dict); found {found}."
+            f"that gives the same batches again, or an object with state_dict and load_state_dict); found {found}."
         )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors in (nested) tuples, lists and dictionaries to a device; leave everything else as it is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, tuple):
-        items = [to_device(item, device) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)
-    if isinstance(batch, list):
-        return [to_device(item, device) for item in batch]
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return batch
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _generators(data: Any) -> list[torch.Generator]:

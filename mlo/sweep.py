@@ -121,7 +121,7 @@ class Step:
         pullback needs it; exact too where dF_p is computed by estimators that are not exact.
         """
         values = self._values(targets, self.weights)
-        inputs = {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
+        inputs = self._inputs(values, targets)
         flat = [t for q in targets for t in inputs[q]]
         kept = self._kept
         flat += kept.leaves if kept else []
@@ -150,7 +150,7 @@ class Step:
                 for w, d in zip(self.weights, direction, strict=True)
             )
             values = self._values(targets, moved)
-            inputs = {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
+            inputs = self._inputs(values, targets)
             with self._total(values, targets) as found:
                 sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
         slope = tuple(
@@ -177,6 +177,10 @@ class Step:
                 values[q] = self._alias(self.world[q].tensors)
         values[self.level] = self._alias(own)
         return values
+
+    def _inputs(self, values: Mapping[str, Tensors], targets: Sequence[str]) -> dict[str, Tensors]:
+        """Return what the targets are read at."""
+        return {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
 
     def _total(
         self,

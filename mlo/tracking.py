@@ -16,6 +16,8 @@ from typing import IO, Protocol
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mlo.checkpoint import write_text
+
 Metrics = Mapping[str, float]
 
 
@@ -123,10 +125,7 @@ class TensorBoard:
 
 def cut_metrics(path: str | os.PathLike[str], keep: Iterable[Mapping[str, object]]) -> None:
     """Rewrite a file of JSON lines so that it holds just `keep`, atomically."""
-    target = Path(path)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in keep), encoding="utf-8")
-    temporary.replace(target)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in keep))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, object]]:

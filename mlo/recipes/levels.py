@@ -6,7 +6,7 @@ Used by the schemas of problems. The kinds of `hypergradient` are those of `mlo.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -49,36 +49,38 @@ class SGDRecipe(RecipePart):
         )
 
 
-class AdamRecipe(RecipePart):
+class _AdamFamily(RecipePart):
+    """What Adam and AdamW have in common."""
+
+    kind: str
+    learning_rate: PositiveFloat
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat
+    optimizer_type: ClassVar[Any]
+
+    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        """Make the optimizer of `parameters`."""
+        optimizer: torch.optim.Optimizer = self.optimizer_type(
+            parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
+        return optimizer
+
+
+class AdamRecipe(_AdamFamily):
     """`torch.optim.Adam`; `weight_decay` is coupled, which is to say added to the gradient."""
 
     kind: Literal["adam"] = "adam"
-    learning_rate: PositiveFloat
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-
-    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Adam:
-        """Make the optimizer of `parameters`."""
-        return torch.optim.Adam(
-            parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
+    optimizer_type: ClassVar[Any] = torch.optim.Adam
 
 
-class AdamWRecipe(RecipePart):
+class AdamWRecipe(_AdamFamily):
     """`torch.optim.AdamW`; `weight_decay` is decoupled, and by default PyTorch's 0.01."""
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: PositiveFloat
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
-
-    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.AdamW:
-        """Make the optimizer of `parameters`."""
-        return torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
+    optimizer_type: ClassVar[Any] = torch.optim.AdamW
 
 
 class ConstantRecipe(RecipePart):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator
 
-from mlo.engine import check_device
+from mlo.devices import check_device
 from mlo.errors import RecipeError
 from mlo.recipes.files import BUNDLED_FOLDERS, find_recipe, read_recipe
 from mlo.recipes.kinds import RecipePart

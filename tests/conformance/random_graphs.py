@@ -22,13 +22,6 @@ OPTIMIZERS = (
 )
 
 
-def make_optimizer(options, parameters):
-    options = {k: v for k, v in options.items() if k != "kind"}
-    return parameters and {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[
-        options.pop("_kind")
-    ](parameters, **options)
-
-
 @dataclass
 class RandomGraph:
     names: list[str]

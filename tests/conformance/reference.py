@@ -105,8 +105,6 @@ class Reference:
             f, after, counts, states = self.objective(name, values | {name: own}, counts, states, path)
             gradient = torch.autograd.grad(f, own, create_graph=True, allow_unused=True)
         gradient = [torch.zeros_like(w) if g is None else g for g, w in zip(gradient, own, strict=True)]
-        # The state that the levels inside are left in belongs to the values before this step.
-        after = after | {q: after[q] for q in self.inside(name)}
         if level.clip_norm is not None:
             length = sum(g.square().sum() for g in gradient).sqrt()
             gradient = [g * min(1.0, level.clip_norm / (length + 1e-6)) for g in gradient]

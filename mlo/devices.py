@@ -1,0 +1,47 @@
+"""Which device to run on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mlo.errors import MloError
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """Return the torch device of a name.
+
+    Raises:
+        MloError: there is no such kind of device, or none of it here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MloError(
+            f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {str(name)!r}"
+        ) from error
+    available = {
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, True):
+        raise MloError(f"device: expected one that torch can use here; found {str(name)!r}. Choose 'auto' or 'cpu'.")
+    return device
+
+
+def find_device(device: str | torch.device, modules: Sequence[nn.Module]) -> torch.device:
+    """Return the named device, or for "auto" CUDA, else MPS (unless a module is in float64), else the CPU.
+
+    Raises:
+        MloError: as `check_device`.
+    """
+    if device != "auto":
+        return check_device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    doubles = any(p.dtype == torch.float64 for module in modules for p in module.parameters())
+    if torch.backends.mps.is_available() and not doubles:
+        return torch.device("mps")
+    return torch.device("cpu")
