@@ -3,7 +3,15 @@
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError, RecipeError
 from mlo.graph import Edge, Graph
-from mlo.hypergradients import FiniteDifference, FirstOrder, Hypergradient, Unroll
+from mlo.hypergradients import (
+    ConjugateGradient,
+    FiniteDifference,
+    FirstOrder,
+    Hypergradient,
+    Neumann,
+    Nystrom,
+    Unroll,
+)
 from mlo.levels import Levels, Output, Tensors
 from mlo.optimizers import register_optimizer
 from mlo.problem import Problem
@@ -12,6 +20,7 @@ from mlo.version import __version__
 
 __all__ = [
     "CheckpointError",
+    "ConjugateGradient",
     "DivergenceError",
     "Edge",
     "Engine",
@@ -22,6 +31,8 @@ __all__ = [
     "Hypergradient",
     "Levels",
     "MloError",
+    "Neumann",
+    "Nystrom",
     "Output",
     "Problem",
     "RecipeError",

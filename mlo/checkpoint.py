@@ -13,7 +13,7 @@ import torch
 
 from mlo.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -27,6 +27,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from mlo.graph import Graph
 from mlo.optimizers import Update
 from mlo.randomness import isolated
 from mlo.state import LevelState, move_optimizer
-from mlo.sweep import Context, Member, Solve, Step, World, sweep
+from mlo.sweep import Context, Journal, Member, Solve, Step, World, sweep
 from mlo.tracking import Callback, ProgressBar, RoundReport
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,6 +101,7 @@ class Engine:
         }
         self._states = {p.name: LevelState(p, self._levels[p.name], self._backend, seed) for p in graph.levels}
         self._context = Context(graph.structure, {p.name: p.hypergradient for p in graph.levels})
+        self._journal = Journal()
         self._tallies: dict[str, list[Tensor | float]] = {}
         self._traced = False
         self._stopping = False
@@ -169,8 +171,12 @@ class Engine:
         self.graph.check_name(name, "hypergradient")
         self._trace()
         with self._at_work(), self._restored(self.graph.structure.names):
-            tops = self.graph.structure.tops
-            found = self._sweep(name, self._approach(name, tops), recorded=False, moves_buffers=False)[0]
+            tops, journal = self.graph.structure.tops, self._journal
+            self._journal = journal.copy()
+            try:
+                found = self._sweep(name, self._approach(name, tops), recorded=False, moves_buffers=False)[0]
+            finally:
+                self._journal = journal
         variables = self._levels[name].variables
         gradient = dense(found.of[name], variables.parameters)
         return {n: g.detach().clone() for n, g in zip(variables.names, gradient, strict=True)}
@@ -189,6 +195,7 @@ class Engine:
                 "rounds_done": self.rounds_done,
                 "total_rounds": self.total_rounds,
                 "levels": {name: state.state_dict() for name, state in self._states.items()},
+                "memory": self._journal.memory,
             },
         )
 
@@ -212,6 +219,10 @@ class Engine:
         with isolated(self._backend.device):
             for name, state in self._states.items():
                 state.load_state_dict(saved["levels"][name], saved["seed"])
+        self._journal.memory = {
+            pair: {key: t.to(self._backend.device) for key, t in memory.items()}
+            for pair, memory in saved["memory"].items()
+        }
         self.seed, self.rounds_done, self.total_rounds = saved["seed"], saved["rounds_done"], saved["total_rounds"]
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
@@ -289,7 +300,7 @@ class Engine:
         calls = Calls(self._backend.device) if reuses and attached else None
         world = self._world()
         found = sweep(
-            self._context,
+            replace(self._context, journal=self._journal),
             call,
             solve,
             world,
@@ -350,9 +361,12 @@ class Engine:
 
     def _tally(self, name: str, found: Gradients) -> None:
         rate = self.graph[name].optimizer.param_groups[0].get("lr", float("nan"))
-        for metric, value in {"loss": found.loss, **found.metrics, "learning_rate": rate}.items():
+        own = {"loss": found.loss, **found.metrics, "learning_rate": rate}
+        figures = [*((name, metric, value) for metric, value in own.items()), *self._journal.figures]
+        self._journal.figures.clear()
+        for level, metric, value in figures:
             kept = value.detach() if isinstance(value, Tensor) else value
-            self._tallies.setdefault(f"{name}.{metric}", []).append(kept)
+            self._tallies.setdefault(f"{level}.{metric}", []).append(kept)
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         for name in self.graph.structure.names:

@@ -9,8 +9,8 @@ from itertools import combinations
 
 from torch.optim import LBFGS
 
-from mlo.errors import GraphError
-from mlo.optimizers import has_update_rule, registered_optimizers
+from mlo.errors import GraphError, MloError
+from mlo.optimizers import coupled_weight_decay, has_update_rule, registered_optimizers
 from mlo.problem import Problem
 from mlo.structure import Structure, reachable
 
@@ -181,7 +181,8 @@ class Graph:
             uppers = [p for p in self.levels if problem.name in self.structure.inside[p.name]]
             nested = [p for p in uppers if any(p.name in self.structure.inside[q.name] for q in self.levels)]
             repeated = any(p.hypergradient.recorded_steps != 0 for p in nested)
-            needs = bool(uppers) and (problem.hypergradient.needs_update_rule or repeated)
+            implicit = problem.hypergradient.implicit
+            needs = bool(uppers) and (problem.hypergradient.needs_update_rule or (repeated and not implicit))
             if needs and not has_update_rule(problem.optimizer):
                 raise GraphError(
                     f"level {problem.name!r}: {problem.hypergradient!r} differentiates the optimizer's steps; expected "
@@ -189,3 +190,9 @@ class Graph:
                     f"the optimizer, teach its update with mlo.register_optimizer, or choose an estimator that does "
                     f"not need it."
                 )
+            if uppers and implicit:
+                for group in problem.optimizer.param_groups:
+                    try:
+                        coupled_weight_decay(type(problem.optimizer), group)
+                    except MloError as error:
+                        raise GraphError(f"level {problem.name!r}, {problem.hypergradient!r}: {error}") from error

@@ -11,7 +11,7 @@ Optimizers of one's own are taught by `register_optimizer`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mlo.autodiff import Gradient, alias, norm
+from mlo.errors import MloError
 from mlo.levels import Tensors
 
 State = Mapping[str, Tensor]
@@ -111,6 +112,44 @@ def has_update_rule(optimizer: Optimizer) -> bool:
     return type(optimizer) in _RULES
 
 
+_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
+_COUPLED = (
+    SGD, Adam, torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adamax, torch.optim.ASGD, torch.optim.NAdam,
+    torch.optim.RAdam, torch.optim.RMSprop,
+)  # fmt: skip
+
+
+def coupled_weight_decay(optimizer: type[Optimizer], options: Mapping[str, Any]) -> float:
+    """Return the weight decay that an optimizer adds to the gradient, and so to the objective that it minimizes.
+
+    Args:
+        optimizer: the class.
+        options: of a parameter group.
+
+    Raises:
+        MloError: the group decays weights, and it is not known how.
+    """
+    decay = float(options.get("weight_decay", 0.0))
+    if not decay or options.get("decoupled_weight_decay") or issubclass(optimizer, _DECOUPLED):
+        return 0.0
+    if issubclass(optimizer, _COUPLED):
+        return decay
+    raise MloError(
+        f"{optimizer.__name__}: expected an optimizer of torch.optim, or weight_decay=0; found weight_decay={decay:g}, "
+        f"which may or may not be part of the objective. Write the decay into the loss instead."
+    )
+
+
+def _no_rule(optimizer: type[Optimizer]) -> UpdateRule:
+    def rule(*_: Any) -> Any:
+        raise MloError(
+            f"{optimizer.__name__}: expected one of {', '.join(registered_optimizers())}, whose steps can be "
+            f"differentiated. Teach its update with mlo.register_optimizer, or let the estimator say needs_update_rule."
+        )
+
+    return rule
+
+
 @dataclass(frozen=True)
 class _Bucket:
     """Parameters that share options and step count, and so one flat update."""
@@ -127,9 +166,11 @@ class Update:
     the optimizer does not hold, stay as they are.
 
     Attributes:
+        optimizer: the optimizer's class.
         state: the optimizer's state just before the step.
     """
 
+    optimizer: type[Optimizer]
     rule: UpdateRule
     buckets: tuple[_Bucket, ...]
     clip_norm: float | None
@@ -160,7 +201,8 @@ class Update:
                     kind = (float(own.get("step", 0)), tuple(sorted(state[i])), p.dtype)
                     by_kind.setdefault(kind, []).append(i)
             buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]
-        return cls(_RULES[type(optimizer)], tuple(buckets), clip_norm, tuple(state))
+        own_class = type(optimizer)
+        return cls(own_class, _RULES.get(own_class, _no_rule(own_class)), tuple(buckets), clip_norm, tuple(state))
 
     def apply(self, weights: Tensors, gradient: Gradient, state: OptimizerState) -> tuple[Tensors, OptimizerState]:
         """Take the step again, differentiably, from any weights, gradient and state."""
@@ -216,6 +258,21 @@ class Update:
         a_w = tuple(following(t) for t in w)
         a_g = tuple(None if t is None else following(t) for t in g)
         return a_w, a_g, tuple({name: following(t) for name, t in own.items()} for own in s)
+
+    def penalties(self) -> dict[int, tuple[float, float]]:
+        """Return, for each parameter that the step moves, (sign, decay): the step's objective is F_p, of gradient
+        sign * dL_p/dw + decay * w, with the optimizer's coupled weight decay, and a sign of -1 where it maximizes.
+        """  # noqa: D205
+        return {
+            i: (-1.0 if bucket.options.get("maximize") else 1.0, coupled_weight_decay(self.optimizer, bucket.options))
+            for bucket in self.buckets
+            for i in bucket.indices
+        }
+
+    def following(self, steps: int) -> Update:
+        """Return the same update, `steps` steps later: with the optimizer's step counters moved on."""
+        buckets = tuple(replace(b, options={**b.options, "step": b.options["step"] + steps}) for b in self.buckets)
+        return replace(self, buckets=buckets)
 
     def _rule(
         self, bucket: _Bucket, weights: Tensors, gradient: Gradient, state: OptimizerState

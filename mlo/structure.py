@@ -7,7 +7,7 @@ edges are read by value only and must be left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class Structure:
@@ -21,6 +21,7 @@ class Structure:
         responds_to: what p's best response is a function of: all that p and E(p) read outside themselves.
         members: the levels of E(p) that are not inside another member of it, lowest first.
         sweep_order: E(p), each level before those that it responds to.
+        replay_order: the members of p, each after those that it responds to.
         tops: the levels inside no other, lowest first.
     """
 
@@ -38,6 +39,7 @@ class Structure:
         self.responds_to: Mapping[str, tuple[str, ...]] = {name: self._responds_to(name) for name in self.names}
         self.members: Mapping[str, tuple[str, ...]] = {name: self._outermost(self.inside[name]) for name in self.names}
         self.sweep_order: Mapping[str, tuple[str, ...]] = {name: self._sweep_order(name) for name in self.names}
+        self.replay_order: Mapping[str, tuple[str, ...]] = {name: self._replay_order(name) for name in self.names}
         self.tops = self._outermost(self.names)
 
     def _component(self, names: Sequence[str], name: str) -> tuple[str, ...]:
@@ -60,14 +62,26 @@ class Structure:
         return tuple(name for name in names if name not in nested)
 
     def _sweep_order(self, name: str) -> tuple[str, ...]:
-        # A topological sort; the highest level first among those that are free, so that the order is one order.
-        waiting = list(reversed(self.inside[name]))
-        order: list[str] = []
-        while waiting:
-            free = next(level for level in waiting if not any(level in self.responds_to[other] for other in waiting))
-            order.append(free)
-            waiting.remove(free)
-        return tuple(order)
+        def blocked(level: str, waiting: Sequence[str]) -> bool:
+            return any(level in self.responds_to[other] for other in waiting)
+
+        return _sorted(self.inside[name][::-1], blocked)  # the highest of the free levels first: one order of many
+
+    def _replay_order(self, name: str) -> tuple[str, ...]:
+        def blocked(level: str, waiting: Sequence[str]) -> bool:
+            return any({o, *self.inside[o]} & set(self.responds_to[level]) for o in waiting if o != level)
+
+        return _sorted(self.members[name], blocked)
+
+
+def _sorted(names: Sequence[str], blocked: Callable[[str, Sequence[str]], bool]) -> tuple[str, ...]:
+    """Sort topologically; of the names that no waiting one blocks, the first comes first."""
+    waiting, order = list(names), []
+    while waiting:
+        free = next(name for name in waiting if not blocked(name, waiting))
+        order.append(free)
+        waiting.remove(free)
+    return tuple(order)
 
 
 def reachable(successors: Mapping[str, Iterable[str]], start: str) -> set[str]:

@@ -16,10 +16,10 @@ is a constant of the map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -54,19 +54,60 @@ World = Mapping[str, Weights]
 """The variables of all levels at one moment."""
 
 
+class SecondOrder(Protocol):
+    """Second-order products of one step's objective; see `Step.second_order`."""
+
+    def __call__(
+        self, direction: Gradient, targets: Sequence[str], *, create_graph: bool = False
+    ) -> dict[str, Tensors]:
+        """Return d/dw_q <dF_p/dw_p, direction> for each target q."""
+
+
 class Estimator(Protocol):
     """How a best response is differentiated; see `mlo.Hypergradient`."""
+
+    @property
+    def implicit(self) -> bool:
+        """Whether a nest differentiates the response by `pullback`, not through the recorded steps."""
 
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
         """Pull a cotangent of the level's variables back onto what it responds to."""
 
 
+Memory = MutableMapping[str, torch.Tensor]
+"""What an estimator keeps from one round to the next; its tensors are replaced, never written into."""
+
+
+@dataclass
+class Journal:
+    """What estimators keep from round to round, and what they report, in the sweeps of an engine's own steps.
+
+    Attributes:
+        memory: by the level whose loss is differentiated and the level whose response is.
+        figures: reported since they were last taken: level, name, value.
+    """
+
+    memory: dict[tuple[str, str], dict[str, torch.Tensor]] = field(default_factory=dict)
+    figures: list[tuple[str, str, torch.Tensor | float]] = field(default_factory=list)
+
+    def copy(self) -> Journal:
+        """Return a journal with the same memory, to be written into instead of this one."""
+        return Journal({pair: dict(memory) for pair, memory in self.memory.items()})
+
+
 @dataclass(frozen=True)
 class Context:
-    """What every sweep of one engine needs to know: the order of the levels and the estimator of each."""
+    """What every sweep of one engine needs to know.
+
+    Attributes:
+        structure: the order of the levels.
+        estimators: of each level.
+        journal: None in the sweeps within a nest, which are repeated any number of times.
+    """
 
     structure: Structure
     estimators: Mapping[str, Estimator]
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True)
@@ -120,19 +161,39 @@ class Step:
         For q = p this is the Hessian-vector product, for the others the mixed-partial vector product, transposed as a
         pullback needs it; exact too where dF_p is computed by estimators that are not exact.
         """
+        with self.second_order(targets) as product:
+            return product(direction, targets, create_graph=self.create_graph)
+
+    @contextmanager
+    def second_order(self, targets: Sequence[str]) -> Iterator[SecondOrder]:
+        """Make the graph of dF_p/dw_p once, for any number of `product`s along different directions.
+
+        Yields:
+            `product(direction, targets, create_graph=False)`, see `product`; its targets are among those given here.
+        """
         values = self._values(targets, self.weights)
         inputs = self._inputs(values, targets)
-        flat = [t for q in targets for t in inputs[q]]
         kept = self._kept
-        flat += kept.leaves if kept else []
-        grads: Gradient = (None,) * len(flat)
         with self._total(values, [self.level], create_graph=True, follows=targets) as found:
-            scalar = inner_product(found.of[self.level], direction)
-            if scalar is not None and scalar.requires_grad:
-                grads = torch.autograd.grad(
-                    scalar, flat, allow_unused=True, create_graph=self.create_graph, retain_graph=True
-                )
-        return self._split(grads, inputs)
+            gradient = found.of[self.level]
+
+            def product(
+                direction: Gradient, targets: Sequence[str], *, create_graph: bool = False
+            ) -> dict[str, Tensors]:
+                wanted = {q: inputs[q] for q in targets}
+                flat = [t for tensors in wanted.values() for t in tensors]
+                if kept is not None and (*targets,) != (self.level,):  # its own variables lead into no kept call
+                    flat += kept.leaves
+                grads: Gradient = (None,) * len(flat)
+                with torch.enable_grad():
+                    scalar = inner_product(gradient, direction)
+                if scalar is not None and scalar.requires_grad:
+                    grads = torch.autograd.grad(
+                        scalar, flat, allow_unused=True, create_graph=create_graph, retain_graph=True
+                    )
+                return self._split(grads, wanted)
+
+            yield product
 
     def difference(self, direction: Gradient, targets: Sequence[str], radius: float) -> dict[str, Tensors]:
         """Return what `product` returns, by central differences of dF_p/dw_q at w_p +- radius * v / norm(v).
@@ -205,7 +266,7 @@ class Step:
         count = sum(len(t) for t in inputs.values())
         flat = [t for tensors in inputs.values() for t in tensors]
         own = grads[:count]
-        if self._kept is not None:
+        if len(grads) > count and self._kept is not None:
             with ExitStack() as stack:  # a module that recomputes its activations must not move its buffers
                 for name in {kept.level for kept in self._kept.calls}:
                     stack.enter_context(self.call.levels[name].buffers.held())
@@ -219,7 +280,13 @@ class Step:
 
 @dataclass
 class Member:
-    """What one level did within a solve: its steps, and the solve of the levels inside it that came after the last."""
+    """What one level did within a solve.
+
+    Attributes:
+        level: the level.
+        steps: its recorded steps, oldest first.
+        final: the solve of the levels inside it that came after the last step, if any.
+    """
 
     level: str
     steps: Sequence[Step] = ()
@@ -260,12 +327,21 @@ class Response:
         targets: the levels that it responds to and whose cotangents are wanted.
         steps: the recorded steps, oldest first.
         end: the variables of all levels at the end of the solve.
+        memory: what the estimator kept in the last round and keeps for the next (saved with the engine); a new, empty
+            one where the response is differentiated within a nest.
     """
 
     level: str
     targets: tuple[str, ...]
     steps: Sequence[Step]
     end: World
+    memory: Memory = field(default_factory=dict)
+    journal: Journal | None = None
+
+    def report(self, name: str, value: torch.Tensor | float) -> None:
+        """Report a figure of the estimator, as the metric LEVEL.NAME of the round."""
+        if self.journal is not None:
+            self.journal.figures.append((self.level, name, value))
 
     def zeros(self, level: str) -> Tensors:
         """Return a zero cotangent of a level's variables."""
@@ -277,6 +353,12 @@ class Response:
         The others moved after the step: what it read of them was their start, a constant of the solve.
         """
         return tuple(q for q in self.targets if step.is_current(q, self.end))
+
+    def last_step(self) -> Step:
+        """Return the last recorded step, reading the targets as they are now."""
+        step = self.steps[-1]
+        moved = {q: self.end[q] for q in self.targets if not step.is_current(q, self.end)}
+        return replace(step, world={**step.world, **moved}, calls=None) if moved else step
 
 
 def sweep(
@@ -329,7 +411,9 @@ def sweep(
             continue
         assert solve is not None
         targets = tuple(q for q in structure.responds_to[p] if q in wanted)
-        response = Response(p, targets, solve.steps_of(p), solve.end)
+        journal = context.journal
+        memory = journal.memory.setdefault((level, p), {}) if journal is not None else {}
+        response = Response(p, targets, solve.steps_of(p), solve.end, memory, journal)
         for q, c in context.estimators[p].pullback(dense(gradient, world[p].tensors), response).items():
             if q in targets:
                 total[q] = add(total[q], c) if q in total else tuple(c)
@@ -338,26 +422,99 @@ def sweep(
 
 
 def replay_solve(context: Context, solve: Solve, outer: World, *, create_graph: bool) -> Solve:
-    """Repeat a recorded solve, from its recorded start, with other values of the levels outside it."""
-    inside = context.structure.inside[solve.level]
-    now: dict[str, Weights] = {**solve.start, **{name: w for name, w in outer.items() if name not in inside}}
-    start = dict(now)
-    members = []
-    for member in solve.members:
-        steps: list[Step] = []
-        state: OptimizerState | None = None
-        for step in member.steps:
-            repeated, after, state = _replay_step(context, step, now, state, create_graph=create_graph)
-            steps.append(repeated)
-            if repeated.inner is not None:
-                now.update({q: repeated.inner.end[q] for q in context.structure.inside[member.level]})
-            now[member.level] = Weights(after)
-        final = None
-        if member.final is not None:
-            final = replay_solve(context, member.final, now, create_graph=create_graph)
-            now.update({q: final.end[q] for q in context.structure.inside[member.level]})
-        members.append(Member(member.level, steps, final))
-    return Solve(solve.level, start, members, dict(now))
+    """Repeat a recorded solve, from its recorded start, with other values of the levels outside it.
+
+    With `create_graph` the values are the recorded ones, and the result is a differentiable function of `outer`:
+    through the repeated steps, or, for an implicit estimator, by its pullback.
+    """
+    structure = context.structure
+    inside = structure.inside[solve.level]
+    start: dict[str, Weights] = {**solve.start, **{name: w for name, w in outer.items() if name not in inside}}
+    end = dict(start)
+    place = {member.level: index for index, member in enumerate(solve.members)}
+    repeated: dict[str, Member] = {}
+    for level in structure.replay_order[solve.level]:
+        member = solve.members[place[level]]
+        linked = create_graph and context.estimators[level].implicit and bool(member.steps)
+        now = dict(end)
+        for later in solve.members[place[level] + 1 :]:
+            if not linked:  # the steps were taken before the later members moved
+                now.update({q: start[q] for q in (later.level, *structure.inside[later.level])})
+        if linked:
+            new = _link(context, member, solve.end[level].tensors, now)
+        else:
+            new = _replay_member(context, member, now, create_graph=create_graph)
+        end.update({q: now[q] for q in (level, *structure.inside[level])})
+        repeated[level] = new
+    return Solve(solve.level, start, [repeated[member.level] for member in solve.members], end)
+
+
+def _replay_member(context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool) -> Member:
+    """Repeat a member's steps, and bring `now` up to date."""
+    steps: list[Step] = []
+    state: OptimizerState | None = None
+    for step in member.steps:
+        repeated, after, state = _replay_step(context, step, now, state, create_graph=create_graph)
+        steps.append(repeated)
+        if repeated.inner is not None:
+            now.update({q: repeated.inner.end[q] for q in context.structure.inside[member.level]})
+        now[member.level] = Weights(after)
+    return Member(member.level, steps, _replay_final(context, member, now, create_graph=create_graph))
+
+
+def _replay_final(context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool) -> Solve | None:
+    if member.final is None:
+        return None
+    final = replay_solve(context, member.final, now, create_graph=create_graph)
+    now.update({q: final.end[q] for q in context.structure.inside[member.level]})
+    return final
+
+
+def _link(context: Context, member: Member, after: Tensors, now: dict[str, Weights]) -> Member:
+    """Make a member's variables `after` its steps a function of what it responds to; bring `now` up to date."""
+    level, outer = member.level, dict(now)
+    estimator, recorded = context.estimators[level], member.steps[-1]
+    targets = tuple(q for q in context.structure.responds_to[level] if any(t.requires_grad for t in outer[q].tensors))
+
+    def last_step(*, create_graph: bool) -> Step:
+        """Repeat the last recorded step from variables that are a function of what the level responds to."""
+        before = tuple(t.detach() for t in recorded.weights)
+        world = {**outer, level: Weights(respond(before) if create_graph else before)}
+        inner = None
+        if recorded.inner is not None:
+            inner = replay_solve(context, recorded.inner, world, create_graph=create_graph)
+            world.update({q: inner.end[q] for q in context.structure.inside[level]})
+        return replace(recorded, context=context, world=world, inner=inner, calls=None, create_graph=create_graph)
+
+    def pull_back(cotangent: Tensors) -> Gradient:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            step = last_step(create_graph=create_graph)
+            found = estimator.pullback(cotangent, Response(level, targets, (step,), step.world))
+        return tuple(g for q in targets for g in found.get(q, (None,) * len(outer[q].tensors)))
+
+    def respond(values: Tensors) -> Tensors:
+        inputs = [t for q in targets for t in outer[q].tensors]
+        return tuple(_Linked.apply(pull_back, len(values), *values, *inputs)) if inputs else values
+
+    now[level] = Weights(respond(tuple(t.detach() for t in after)))
+    step = last_step(create_graph=True)
+    return Member(level, (step,), _replay_final(context, member, now, create_graph=True))
+
+
+class _Linked(torch.autograd.Function):
+    """Values that are a function of `inputs`, known by its pullback."""
+
+    @staticmethod
+    def forward(ctx: Any, pull_back: Callable[[Tensors], Gradient], count: int, *tensors: torch.Tensor) -> Tensors:
+        """Return the values, the first `count` of `tensors`."""
+        ctx.pull_back, ctx.count = pull_back, count
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        """Pull cotangents of the values back onto the inputs, differentiably if asked for."""
+        return None, None, *(None,) * ctx.count, *ctx.pull_back(cotangents)
 
 
 def _replay_step(

@@ -148,7 +148,7 @@ def test_missing_and_foreign_files_are_told_apart(tmp_path):
     with pytest.raises(mlo.CheckpointError, match="found another torch file"):
         read_checkpoint(tmp_path / "other.pt")
     torch.save({"format": 99}, tmp_path / "later.pt")
-    with pytest.raises(mlo.CheckpointError, match="expected checkpoint format 1; found 99"):
+    with pytest.raises(mlo.CheckpointError, match="expected checkpoint format 2; found 99"):
         read_checkpoint(tmp_path / "later.pt")
 
 

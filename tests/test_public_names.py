@@ -7,15 +7,15 @@ from mlo.hypergradients import KINDS
 
 def test_exports():
     assert sorted(mlo.__all__) == [
-        "CheckpointError", "DivergenceError", "Edge", "Engine", "FiniteDifference", "FirstOrder", "Graph", "GraphError",
-        "Hypergradient", "Levels", "MloError", "Output", "Problem", "RecipeError", "Response", "Step", "Tensors",
-        "Unroll", "__version__", "register_optimizer",
+        "CheckpointError", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference", "FirstOrder",
+        "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output", "Problem",
+        "RecipeError", "Response", "Step", "Tensors", "Unroll", "__version__", "register_optimizer",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)
 
 
 def test_recipe_kinds():
-    assert sorted(KINDS) == ["finite_difference", "first_order", "unroll"]
+    assert sorted(KINDS) == ["cg", "finite_difference", "first_order", "neumann", "nystrom", "unroll"]
 
 
 def test_command_line_flags():

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.conjugate_gradient import ConjugateGradient
 from mlo.hypergradients.finite_difference import FiniteDifference
 from mlo.hypergradients.first_order import FirstOrder
+from mlo.hypergradients.neumann import Neumann
+from mlo.hypergradients.nystrom import Nystrom
 from mlo.hypergradients.unroll import Unroll
 
 KINDS: Mapping[str, type[Hypergradient]] = MappingProxyType(
@@ -13,8 +16,20 @@ KINDS: Mapping[str, type[Hypergradient]] = MappingProxyType(
         "first_order": FirstOrder,
         "finite_difference": FiniteDifference,
         "unroll": Unroll,
+        "neumann": Neumann,
+        "cg": ConjugateGradient,
+        "nystrom": Nystrom,
     }
 )
 """The estimators by the name that recipes call them."""
 
-__all__ = ["KINDS", "FiniteDifference", "FirstOrder", "Hypergradient", "Unroll"]
+__all__ = [
+    "KINDS",
+    "ConjugateGradient",
+    "FiniteDifference",
+    "FirstOrder",
+    "Hypergradient",
+    "Neumann",
+    "Nystrom",
+    "Unroll",
+]

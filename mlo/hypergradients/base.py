@@ -27,6 +27,14 @@ class Hypergradient(abc.ABC):
         """Whether `Step.pull_back_update` is used, which exists for registered optimizers only."""
         return True
 
+    @property
+    def implicit(self) -> bool:
+        """Whether the response counts as a function of its targets alone, rather than of the steps taken.
+
+        Within a nest such a response is differentiated by `pullback` again, and not through its recorded steps.
+        """
+        return False
+
     @abc.abstractmethod
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
         """Pull a cotangent of the level's variables back onto what the level responds to: c_q = (dw_p*/dw_q)^T a_p.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlo.autodiff import Gradient
-from mlo.errors import MloError
 from mlo.hypergradients.base import Hypergradient
-from mlo.hypergradients.steps import check_last, pull_back_steps
+from mlo.hypergradients.checks import check_count, check_number
+from mlo.hypergradients.steps import pull_back_steps
 from mlo.levels import Tensors
 from mlo.sweep import Response, Step
 
@@ -45,9 +44,8 @@ class FiniteDifference(Hypergradient):
     last: int | None = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.radius, (int, float)) and self.radius > 0 and math.isfinite(self.radius)):
-            raise MloError(f"FiniteDifference: radius must be a positive number; found {self.radius!r}")
-        check_last("FiniteDifference", self.last)
+        check_number(self, "radius", allow_zero=False)
+        check_count(self, "last", none="all steps")
 
     @property
     def recorded_steps(self) -> int | None:

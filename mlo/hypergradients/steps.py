@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlo.autodiff import Gradient
-from mlo.errors import MloError
 from mlo.levels import Tensors
 from mlo.sweep import Response, Step
 
@@ -45,13 +44,3 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
         for q, c in products.items():
             total[q] = tuple(a + b for a, b in zip(total[q], c, strict=True))
     return total
-
-
-def check_last(estimator: str, last: int | None) -> None:
-    """Refuse a number of steps that is not positive.
-
-    Raises:
-        MloError: `last` is neither None nor a whole number of at least 1.
-    """
-    if last is not None and (type(last) is not int or last < 1):
-        raise MloError(f"{estimator}: last must be a whole number of at least 1, or None for all steps; found {last!r}")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlo.hypergradients.base import Hypergradient
-from mlo.hypergradients.steps import check_last, pull_back_steps
+from mlo.hypergradients.checks import check_count
+from mlo.hypergradients.steps import pull_back_steps
 from mlo.levels import Tensors
 from mlo.sweep import Response, Step
 
@@ -33,7 +34,7 @@ class Unroll(Hypergradient):
     last: int | None = None
 
     def __post_init__(self) -> None:
-        check_last("Unroll", self.last)
+        check_count(self, "last", none="all steps")
 
     @property
     def recorded_steps(self) -> int | None:

@@ -1,0 +1,41 @@
+"""Checks of the estimators' arguments."""
+
+from __future__ import annotations
+
+import math
+
+from mlo.errors import MloError
+
+
+def check_count(estimator: object, name: str, *, none: str | None = None) -> None:
+    """Refuse an argument that is not a whole number of at least 1.
+
+    Args:
+        estimator: whose argument it is.
+        name: of the argument.
+        none: what None stands for, where it is allowed.
+
+    Raises:
+        MloError: it is neither.
+    """
+    value = getattr(estimator, name)
+    if value is None and none is not None:
+        return
+    if type(value) is not int or value < 1:
+        allowed = f", or None for {none}" if none is not None else ""
+        raise MloError(
+            f"{type(estimator).__name__}: {name} must be a whole number of at least 1{allowed}; found {value!r}"
+        )
+
+
+def check_number(estimator: object, name: str, *, allow_zero: bool) -> None:
+    """Refuse an argument that is not a finite positive number.
+
+    Raises:
+        MloError: it is not.
+    """
+    value = getattr(estimator, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (value == 0 and not allow_zero):
+        kind = "a number of at least 0" if allow_zero else "a positive number"
+        raise MloError(f"{type(estimator).__name__}: {name} must be {kind}; found {value!r}")
