@@ -72,8 +72,8 @@ class Calls:
             return module(*args, **kwargs)
         before, kept_by_module = generator_states(self._device), _attributes(module)
         output = module(*args, **kwargs)
-        if not _is_plain(output) or _attributes(module) != kept_by_module:
-            return output  # a loss may go on to read what the module left in an attribute
+        if not _is_plain(output) or _attributes(module) != kept_by_module or _share_memory((args, kwargs), output):
+            return output  # a loss may go on to read what the module left in an attribute, or write through an alias
         after = generator_states(self._device)
         self.calls.append(Call(level, arguments, output, None if before == after else after))
         return self._hand_out(len(self.calls) - 1, lambda output, _: output.clone())
@@ -147,6 +147,20 @@ class Calls:
 def _attributes(module: nn.Module) -> list[int]:
     """Identify the tensors that a module and its parts hold as plain attributes."""
     return [id(value) for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+
+
+def _share_memory(arguments: Any, output: Any) -> bool:
+    """Whether a tensor of the output is an alias of another one or of an argument."""
+    seen = {_storage(t) for t in tensors_in(arguments)}
+    for t in tensors_in(output):
+        if _storage(t) in seen:
+            return True
+        seen.add(_storage(t))
+    return False
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def _is_plain(tree: Any) -> bool:

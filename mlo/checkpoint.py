@@ -46,7 +46,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
             f"{target}: expected the states of modules, optimizers, schedulers and data to be made of tensors, "
             f"numbers, strings, lists and dictionaries; found something else ({error})"
         ) from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch raises the latter where a disk is full
         raise CheckpointError(
             f"{target}: the checkpoint could not be written ({error}); the one before it is untouched"
         ) from error

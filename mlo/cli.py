@@ -6,6 +6,7 @@ number.
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Mapping
@@ -29,6 +30,12 @@ class _Commands(click.Group):
             return super().invoke(context)
         except MloError as error:
             raise _Mistake(str(error)) from error
+        except (FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError) as error:
+            raise _Mistake(f"{error.filename}: {error.strerror}; choose another place") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+            raise _Mistake(f"{error.strerror}; make room, and go on with mlo resume") from error
 
 
 class _Mistake(click.ClickException):

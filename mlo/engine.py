@@ -119,7 +119,8 @@ class Engine:
 
         Args:
             rounds: how many more, at least 0.
-            total_rounds: of the whole run, where it is made of several calls; tells losses their progress.
+            total_rounds: of the whole run, where it is made of several calls; tells losses their progress. By default
+                what it was before, or `rounds_done + rounds` if that is more.
             callbacks: called after every round.
             progress: show a progress bar.
             title: of the progress bar.
@@ -134,24 +135,27 @@ class Engine:
         if rounds < 0:
             raise MloError(f"rounds: expected a number of at least 0; found {rounds}")
         self._trace()
-        self.total_rounds = max(total_rounds or 0, self.rounds_done + rounds)
-        self._stopping = False
+        self.total_rounds = max(total_rounds or self.total_rounds, self.rounds_done + rounds)
         metrics: dict[str, float] = {}
         with ExitStack() as stack:
             everyone = list(callbacks)
             if progress:
                 everyone.append(stack.enter_context(ProgressBar(title, self.rounds_done, self.total_rounds)))
+            stack.callback(self._go_on)
             for _ in range(rounds):
+                if self._stopping:
+                    break
                 metrics = self._play_round()
                 for callback in everyone:
                     callback.on_round(RoundReport(self.rounds_done, self.total_rounds, metrics))
-                if self._stopping:
-                    break
         return metrics
 
     def stop(self) -> None:
-        """Let `run` return after the round it is in; safe to call from a signal handler or a callback."""
+        """Let `run` return after the round it is in, or before its first; for a signal handler or a callback."""
         self._stopping = True
+
+    def _go_on(self) -> None:
+        self._stopping = False
 
     def hypergradient(self, name: str) -> dict[str, Tensor]:
         """Return the gradient that the next step of a level will use, and leave everything bit for bit as it was.
@@ -235,7 +239,7 @@ class Engine:
                 for _ in range(self.graph[name].steps):
                     self._take_step(name)
         self.rounds_done += 1
-        metrics = {name: math.fsum(map(float, values)) / len(values) for name, values in self._tallies.items()}
+        metrics = {name: _mean(name, values) for name, values in self._tallies.items()}
         self._check_finite(metrics)
         return metrics | {"round_seconds": time.perf_counter() - started}
 
@@ -386,10 +390,17 @@ class Engine:
             accessed: set[str] = set()
             with self._at_work(), state.stream.rewound(), ExitStack() as stack:
                 for level in self._levels.values():
+                    stack.enter_context(level.buffers.watched())
                     stack.enter_context(level.buffers.held())
                 call = state.next_call(self._levels, self._progress(), self._backend, recorded=False)
                 loss = call.evaluate(autocast=True, accessed=accessed).loss
                 self.graph.check_reads(name, sorted(accessed))
+                if not loss.requires_grad:
+                    raise GraphError(
+                        f"the loss of level {name!r}: expected a tensor that depends on variables of {name!r} or of a "
+                        f"level that it reads; found one without a gradient. Take no_grad(), detach() or item() out of "
+                        f"the loss."
+                    )
                 self._check_closure(name, loss)
         self._traced = True
 
@@ -410,3 +421,14 @@ class Engine:
         """Whatever the caller's grad mode, compute with gradients; give the caller's generators back unchanged."""
         with torch.inference_mode(False), torch.enable_grad(), isolated(self._backend.device):
             yield
+
+
+def _mean(name: str, values: Sequence[Tensor | float]) -> float:
+    """Average the values that a metric had in a round."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MloError(f"metric {name!r}: expected a number or a tensor of one entry; found {values[0]!r}") from error
+    if not all(map(math.isfinite, numbers)):
+        return sum(numbers) / len(numbers)
+    return math.fsum(numbers) / len(numbers)

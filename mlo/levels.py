@@ -74,18 +74,36 @@ class Buffers:
     def copies(self) -> tuple[Tensor | None, ...]:
         """Return copies of the buffers that a replay must find as they are now.
 
-        Batch normalization in training mode does not read its statistics, and in evaluation mode does not move them.
+        Batch normalization that is called in training mode alone does not read its statistics.
         """
         return tuple(t.clone() if t is not None else None for t in (container[key] for container, key in self._slots))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Find out which batch normalizations are called in evaluation mode, and treat those as all other buffers."""
+        reading: list[Any] = []
+
+        def note(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+            if not module.training and module not in reading:
+                reading.append(module)
+
+        handles = [m.register_forward_pre_hook(note) for m in self._batch_norms]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._batch_norms = [m for m in self._batch_norms if m not in reading]
+            self._slots += [(m._buffers, key) for m in reading for key in m._buffers]
 
     @contextmanager
     def held(self, copies: tuple[Tensor | None, ...] | None = None) -> Iterator[None]:
         """Read the module within the block without moving a buffer, its buffers as in `copies` (default: as now).
 
         Batch normalization in training mode uses batch statistics with and without running ones; switching the running
-        ones off is exact and free. All other buffers are replaced by copies.
+        ones off is exact and free, and changes nothing in evaluation mode. All other buffers are replaced by copies.
         """
-        switched = [m for m in self._batch_norms if m.training]
+        switched = list(self._batch_norms)
         kept = [container[key] for container, key in self._slots]
         source = kept if copies is None else copies
         try:

@@ -1,9 +1,9 @@
 """A run: a recipe, a folder, and the phases that its problem trains in; interrupted anywhere, it goes on exactly.
 
 A problem's `run` is plain code that trains one engine after another through `Run.train`. To resume, the same code is
-executed
-again: a phase that was finished loads its last checkpoint instead of training, the one that was interrupted goes on
-from its newest, and later ones begin. Everything else in `run` must follow from the recipe and from the engines.
+executed again: a phase that was finished loads its last checkpoint instead of training, the one that was interrupted
+goes on from its newest, and later ones begin. Everything else in `run` must follow from the recipe and from the
+engines.
 
 The folder:
 
@@ -17,11 +17,14 @@ The folder:
 from __future__ import annotations
 
 import abc
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import re
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,7 +35,6 @@ from typing import Any, ClassVar
 
 import numpy
 import torch
-import torchvision
 
 from mlo.checkpoint import write_text
 from mlo.engine import Engine
@@ -42,7 +44,11 @@ from mlo.recipes import Recipe, dump_recipe
 from mlo.tracking import Callback, JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
 from mlo.version import __version__
 
+if sys.platform != "win32":  # which has no such locks
+    import fcntl
+
 _KEPT_CHECKPOINTS = 2
+_DIGEST = "sha256 "
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: everything is saved
@@ -114,8 +120,9 @@ class Run:
                 f"with that run: mlo resume {path}"
             )
         path.mkdir(parents=True, exist_ok=True)
-        # The name stands in a comment, so that the file is the recipe and nothing else.
-        (path / "recipe.yaml").write_text(f"# {name}\n{dump_recipe(recipe)}", encoding="utf-8")
+        # The name and the digest stand in comments, so that the file is the recipe and nothing else.
+        text = dump_recipe(recipe)
+        write_text(path / "recipe.yaml", f"# {name}\n# {_DIGEST}{_digest(text)}\n{text}")
         return cls(path, recipe, name, progress=progress)
 
     @property
@@ -131,7 +138,7 @@ class Run:
         """
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
-        with self._stoppable():
+        with self._alone(), self._stoppable():
             figures = dict(experiment.run(self))
         result = {**figures, "seed": self.recipe.seed, "recipe": self.name, "versions": versions()}
         write_json(self.folder / "result.json", result)
@@ -158,6 +165,8 @@ class Run:
         engine = Engine(
             graph, seed=self.recipe.seed, device=self.recipe.device, precision=self.recipe.precision, **options
         )
+        self._engine = engine  # from here on a signal stops it
+        self._check_signal()
         checkpoints = Checkpoints(self.folder / "checkpoints", phase)
         checkpoints.restore(engine)
         if engine.rounds_done >= rounds:
@@ -169,7 +178,6 @@ class Run:
             if report.round % self.recipe.checkpoint_every == 0:
                 checkpoints.save(engine)
 
-        self._engine = engine
         with ExitStack() as stack:
             callbacks: list[Callback] = [
                 stack.enter_context(JsonLines(metrics, {"phase": phase})),
@@ -200,6 +208,22 @@ class Run:
         lines = read_metrics(metrics)
         keep = [line for line in lines if line["phase"] != phase or int(str(line["round"])) <= rounds_done]
         cut_metrics(metrics, keep)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse a second process in the same folder (where the platform has file locks)."""
+        if sys.platform == "win32":
+            yield
+            return
+        with (self.folder / "recipe.yaml").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise MloError(
+                    f"{self.folder}: expected no other process at work in this folder; found one. Wait for it, or stop "
+                    f"it first."
+                ) from error
+            yield
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
@@ -281,8 +305,19 @@ def resume(folder: str | os.PathLike[str], load: Any, *, progress: bool = True) 
     path = Path(folder) / "recipe.yaml"
     if not path.is_file():
         raise MloError(f"{folder}: expected the folder of a run; found no recipe.yaml in it")
-    name = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-    return Run(Path(folder), load(path), name, progress=progress)
+    comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines()[:2] if line.startswith("#")]
+    recipe = load(path)
+    for comment in comments:
+        if comment.startswith(_DIGEST) and comment.removeprefix(_DIGEST) != _digest(dump_recipe(recipe)):
+            raise MloError(
+                f"{path}: expected the recipe that the run began with; found an edited one. Take the change back, or "
+                f"begin a new run with it: mlo run {path}"
+            )
+    return Run(Path(folder), recipe, comments[0] if comments else path.parent.name, progress=progress)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -295,7 +330,7 @@ def versions() -> dict[str, str]:
     return {
         "mlo": __version__,
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }

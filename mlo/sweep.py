@@ -201,8 +201,8 @@ class Step:
         Relies on the symmetry of second derivatives. Error: O(radius^2) of the third derivative, plus rounding /
         radius.
         """
-        tiny = torch.finfo(self.weights[0].dtype).tiny
-        length = radius / norm(direction).clamp(min=tiny)
+        size = norm(direction)
+        length = radius / torch.where(size > 0, size, radius)
         sides: list[Gradient] = []
         inputs: dict[str, Tensors] = {}
         for sign in (1.0, -1.0):

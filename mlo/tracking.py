@@ -129,8 +129,10 @@ def cut_metrics(path: str | os.PathLike[str], keep: Iterable[Mapping[str, object
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, object]]:
-    """Read a file of JSON lines; a last line that was cut off in the middle is left out."""
+    """Read a file of JSON lines; none if it is missing, and a last line that was cut off in the middle is left out."""
     lines: list[dict[str, object]] = []
+    if not Path(path).exists():
+        return lines
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))

@@ -299,3 +299,152 @@ def test_bad_options_are_refused(options, message):
 def test_unknown_level_of_a_query_names_the_nearest():
     with pytest.raises(mlo.GraphError, match=r"found 'gat'\. Did you mean 'gate'\?"):
         three_levels().hypergradient("gat")
+
+
+def test_stop_before_the_first_round():
+    engine = three_levels()
+    engine.stop()
+    assert engine.run(5, progress=False) == {}
+    assert engine.rounds_done == 0
+    engine.run(2, progress=False)
+    assert engine.rounds_done == 2
+
+
+def two_levels(lower, fit, estimator, *, optimizer=None, steps=3):
+    upper = torch.nn.Linear(4, 1).double()
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if optimizer is None:
+        optimizer = torch.optim.SGD(lower.parameters(), lr=0.1)
+    return mlo.Engine(
+        mlo.Graph(
+            [
+                mlo.Problem("lower", lower, fit, optimizer, [x], hypergradient=estimator, steps=steps),
+                mlo.Problem(
+                    "upper", upper, lambda levels, x: levels.lower(x).square().mean(),
+                    torch.optim.SGD(upper.parameters(), lr=0.0), [x],
+                ),
+            ],
+            [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")],
+        ),
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "estimator", [mlo.FirstOrder(), mlo.FiniteDifference(last=None), mlo.Unroll(), mlo.ConjugateGradient(damping=1.0)]
+)
+def test_batch_normalization_whose_mode_the_loss_switches(estimator):
+    """Its statistics move in the level's own steps alone, and a repeated step reads those of its time."""
+
+    def fit(levels, x):
+        weight = levels.upper(x).sigmoid()
+        levels.lower.train()
+        trained = levels.lower(x)
+        levels.lower.eval()
+        return ((trained - x.sum(1, keepdim=True)) ** 2 * weight).mean() + levels.lower(x).square().mean()
+
+    torch.manual_seed(0)
+    lower = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).double().eval()
+    engine = two_levels(lower, fit, estimator)
+    engine._trace()
+    assert lower[1].num_batches_tracked == 0
+    engine.hypergradient("upper")
+    assert lower[1].num_batches_tracked == 0
+    recorded = []
+    take_step = engine._take_step
+
+    def spy(name, **options):
+        step = take_step(name, **options)
+        if step is not None:
+            recorded.append(step)
+        return step
+
+    engine._take_step = spy
+    engine.run(1, progress=False)
+    assert lower[1].num_batches_tracked == 3
+    assert recorded or estimator == mlo.FirstOrder()
+    for step in recorded:  # what was recorded is what a repetition finds
+        values = {name: weights.tensors for name, weights in step.world.items()}
+        again = step.call.gradients(values, ["lower"])
+        for a, b in zip(again.of["lower"], step.gradient, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", [mlo.FirstOrder(), mlo.Unroll(), mlo.FiniteDifference()])
+def test_a_module_may_return_aliases_that_the_loss_writes_through(estimator):
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            h = super().forward(x)
+            return h, h
+
+    def fit(levels, x):
+        a, b = levels.upper(x)
+        a.mul_(0.5)
+        return ((levels.lower(x) - 1) ** 2 * b.sigmoid()).mean()
+
+    torch.manual_seed(0)
+    lower = torch.nn.Linear(4, 1).double()
+    engine = two_levels(lower, fit, estimator, steps=1)
+    upper = engine.graph["upper"].module
+    upper.__class__ = Twice
+    x = engine.graph["lower"].data[0]
+    expected = ((lower(x) - 1) ** 2 * (upper(x)[0] * 0.5).sigmoid()).mean().item()
+    assert engine.run(1, progress=False)["lower.loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_frozen_parameters_with_a_gradient_left_over_stay_where_they_are():
+    lower = torch.nn.Linear(4, 1).double()
+    lower.bias.requires_grad_(False)
+    lower.bias.grad = torch.ones_like(lower.bias)
+    before = lower.bias.clone()
+    engine = two_levels(lower, lambda levels, x: (levels.lower(x) - levels.upper(x)).square().mean(), mlo.Unroll())
+    engine.run(2, progress=False)
+    assert torch.equal(lower.bias, before)
+    assert torch.equal(lower.bias.grad, torch.ones_like(before))
+
+
+def test_a_loss_without_a_gradient_is_refused():
+    lower = torch.nn.Linear(4, 1).double()
+    engine = two_levels(
+        lower, lambda levels, x: (levels.lower(x) - levels.upper(x)).detach().square().mean(), mlo.Unroll()
+    )
+    with pytest.raises(mlo.GraphError, match=r"loss of level 'lower': expected a tensor that depends.*detach\(\)"):
+        engine.run(1, progress=False)
+
+
+def test_the_length_of_the_run_is_remembered():
+    engine = three_levels()
+    engine.run(2, total_rounds=10, progress=False)
+    engine.run(2, progress=False)
+    assert engine.total_rounds == 10
+
+
+def test_a_metric_that_is_no_number_is_named():
+    lower = torch.nn.Linear(4, 1).double()
+
+    def fit(levels, x):
+        return mlo.Output((levels.lower(x) - levels.upper(x)).square().mean(), {"shape": torch.zeros(2)})
+
+    with pytest.raises(mlo.MloError, match=r"metric 'lower\.shape': expected a number"):
+        two_levels(lower, fit, mlo.Unroll()).run(1, progress=False)
+
+
+def test_a_zero_cotangent_gives_zeros_whatever_the_radius():
+    lower = torch.nn.Linear(4, 1).double().float()
+    x = torch.ones(2, 4)
+    upper = torch.nn.Linear(4, 1)
+    graph = mlo.Graph(
+        [
+            mlo.Problem(
+                "lower", lower, lambda levels, x: (levels.lower(x) - levels.upper(x)).square().mean(),
+                torch.optim.SGD(lower.parameters(), lr=0.1), [x], hypergradient=mlo.FiniteDifference(radius=5.0),
+            ),
+            mlo.Problem(
+                "upper", upper, lambda levels, x: (levels.lower(x) * 0).sum() + levels.upper(x).sum(),
+                torch.optim.SGD(upper.parameters(), lr=0.1), [x],
+            ),
+        ],
+        [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")],
+    )  # fmt: skip
+    found = mlo.Engine(graph, device="cpu").hypergradient("upper")
+    assert torch.equal(found["bias"], torch.full((1,), 2.0))

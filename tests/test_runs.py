@@ -1,6 +1,7 @@
 """A run that is stopped or killed anywhere ends as if it had not been."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import mlo
-from mlo.runs import Interrupted, Run, resume
+from mlo.runs import Checkpoints, Interrupted, Run, resume
 from mlo.tracking import read_metrics
 
 from .toy_experiment import ToyExperiment, recipe_of
@@ -115,3 +116,37 @@ def test_a_folder_with_files_is_not_written_over(tmp_path):
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     with pytest.raises(mlo.MloError, match=r"expected the folder of a run; found no recipe.yaml in it"):
         resume(tmp_path, recipe_of)
+
+
+def test_an_edited_recipe_is_not_resumed(tmp_path):
+    folder = tmp_path / "run"
+    run = Run.begin(folder, recipe_of(None), "toy", progress=False)
+    with pytest.raises(Interrupted):
+        run.execute(ToyExperiment(recipe_of(None), ("search", 2, signal.SIGINT)))
+    edited = recipe_of(None).model_copy(update={"seed": 99})
+    with pytest.raises(mlo.MloError, match="expected the recipe that the run began with; found an edited one"):
+        resume(folder, lambda _: edited, progress=False)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    run = Run.begin(folder, recipe_of(None), "toy", progress=False)
+    with run._alone(), pytest.raises(mlo.MloError, match="expected no other process at work in this folder"):
+        resume(folder, recipe_of, progress=False).execute(ToyExperiment(recipe_of(None)))
+
+
+def test_a_signal_while_a_phase_is_being_prepared_is_not_lost(tmp_path):
+    folder = tmp_path / "run"
+    experiment = ToyExperiment(recipe_of(None))
+    run = Run.begin(folder, recipe_of(None), "toy", progress=False)
+    restore = Checkpoints.restore
+
+    def interrupted(self, engine):
+        os.kill(os.getpid(), signal.SIGTERM)
+        restore(self, engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", interrupted)
+        with pytest.raises(Interrupted):
+            run.execute(experiment)
+    assert not list(folder.glob("metrics.jsonl")) or lines_of(folder) == []

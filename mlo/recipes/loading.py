@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from mlo.devices import check_device
 from mlo.errors import RecipeError
@@ -42,13 +42,13 @@ class Recipe(RecipePart):
 
     problem: str
     description: str = ""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     rounds: PositiveInt
     rollback: bool = False
     checkpoint_every: PositiveInt = 50
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     @field_validator("device")
     @classmethod
