@@ -16,6 +16,12 @@ from mlo.errors import CheckpointError
 FORMAT = 2
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file whole or not at all."""
     target = Path(path)
@@ -37,6 +43,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = file.name
             torch.save({"format": FORMAT, **state}, file)
+            Path(temporary).chmod(0o666 & ~_umask())
             file.flush()
             os.fsync(file.fileno())
         torch.load(temporary, map_location="cpu", weights_only=True)

@@ -210,16 +210,22 @@ class Engine:
             CheckpointError: the file is damaged, or belongs to another graph; nothing has changed then.
         """
         saved = read_checkpoint(path)
-        if sorted(saved.get("levels", {})) != sorted(self._states):
+        levels = saved.get("levels")
+        found = sorted(map(str, levels)) if isinstance(levels, dict) else []
+        if found != sorted(self._states):
             raise CheckpointError(
                 f"{path}: expected a checkpoint of the levels {', '.join(self._states)}; found "
-                f"{', '.join(saved.get('levels', {})) or 'none'}"
+                f"{', '.join(found) or 'none'}"
             )
         for name, state in self._states.items():
             try:
                 state.check_state_dict(saved["levels"][name])
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {error}") from error
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{path}: expected the state of level {name!r}; found one that lacks something ({error})"
+                ) from error
         with isolated(self._backend.device):
             for name, state in self._states.items():
                 state.load_state_dict(saved["levels"][name], saved["seed"])

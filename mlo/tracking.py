@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from mlo.checkpoint import write_text
 
 Metrics = Mapping[str, float]
+_WIDE = 130
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,16 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, done: int, total: int) -> None:
-        self._bar = tqdm(desc=title, initial=done, total=total, unit="round", dynamic_ncols=True, mininterval=0.2)
+        narrow = "{desc}: {n_fmt}/{total_fmt} <{remaining}{postfix}"  # figures rather than a bar where both do not fit
+        self._bar = tqdm(
+            desc=title,
+            initial=done,
+            total=total,
+            unit="round",
+            dynamic_ncols=True,
+            mininterval=0.2,
+            bar_format=narrow if shutil.get_terminal_size().columns < _WIDE else None,
+        )
 
     def on_round(self, report: RoundReport) -> None:
         """Advance by one round."""
@@ -142,11 +153,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, object]]:
 
 
 def summary(metrics: Metrics) -> str:
-    """Return the losses and accuracies in a short form: "teacher 1.23 (54%), student 0.98 (61%)"."""
+    """Return the losses and accuracies in a short form: "teacher 1.23 54%, student 0.98 61%"."""
     parts = []
     for name, value in metrics.items():
         level, _, metric = name.partition(".")
         if metric == "loss":
             shown = [f"{v:.0%}" for n, v in metrics.items() if n.startswith(f"{level}.") and n.endswith("accuracy")]
-            parts.append(f"{level} {value:.3g}" + (f" ({', '.join(shown)})" if shown else ""))
+            parts.append(" ".join([f"{level} {value:.3g}", *shown]))
     return ", ".join(parts)

@@ -183,7 +183,9 @@ def write_report(folder: str | Path) -> Path:
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    temporary = path.with_suffix(".tmp")  # whole or not at all
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
     return path
 
 

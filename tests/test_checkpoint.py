@@ -192,3 +192,16 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert read_checkpoint(path) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("levels", [3, {"teacher": {}, "student": {}, "gate": {}}, {"teacher": 1}])
+def test_a_checkpoint_of_a_strange_shape_is_refused(tmp_path, levels):
+    torch.save({"format": 2, "levels": levels}, tmp_path / "strange.pt")
+    with pytest.raises(mlo.CheckpointError, match=r"strange\.pt: expected"):
+        three_levels().load(tmp_path / "strange.pt")
+
+
+def test_a_checkpoint_has_the_permissions_of_any_other_file(tmp_path):
+    three_levels().save(tmp_path / "run.pt")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "run.pt").stat().st_mode == (tmp_path / "other").stat().st_mode
