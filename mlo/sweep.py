@@ -166,10 +166,10 @@ class Step:
 
     @contextmanager
     def second_order(self, targets: Sequence[str]) -> Iterator[SecondOrder]:
-        """Make the graph of dF_p/dw_p once, for any number of `product`s along different directions.
+        """Make the graph of dF_p/dw_p once, for any number of products along different directions.
 
         Yields:
-            `product(direction, targets, create_graph=False)`, see `product`; its targets are among those given here.
+            A function of (direction, targets, create_graph=False) as `product`; its targets are among those given here.
         """
         values = self._values(targets, self.weights)
         inputs = self._inputs(values, targets)
