@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,9 @@ from typing import Any
 import torch
 
 from mlo.errors import CheckpointError
+from mlo.files import replacing
 
 FORMAT = 2
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all."""
-    target = Path(path)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -37,17 +23,14 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
         CheckpointError: the folder cannot be written to, or the state holds objects of another kind.
     """
     target = Path(path)
-    temporary = ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = file.name
-            torch.save({"format": FORMAT, **state}, file)
-            Path(temporary).chmod(0o666 & ~_umask())
-            file.flush()
-            os.fsync(file.fileno())
-        torch.load(temporary, map_location="cpu", weights_only=True)
-        Path(temporary).replace(target)
+        with replacing(target) as temporary:
+            with temporary.open("wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            torch.load(temporary, map_location="cpu", weights_only=True)
     except (pickle.PickleError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{target}: expected the states of modules, optimizers, schedulers and data to be made of tensors, "
@@ -57,9 +40,6 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
         raise CheckpointError(
             f"{target}: the checkpoint could not be written ({error}); the one before it is untouched"
         ) from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -36,9 +36,9 @@ from typing import Any, ClassVar
 import numpy
 import torch
 
-from mlo.checkpoint import write_text
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, MloError
+from mlo.files import write_text
 from mlo.graph import Graph
 from mlo.recipes import Recipe, dump_recipe
 from mlo.tracking import Callback, JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics

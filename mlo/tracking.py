@@ -17,7 +17,7 @@ from typing import IO, Protocol
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mlo.checkpoint import write_text
+from mlo.files import write_text
 
 Metrics = Mapping[str, float]
 _WIDE = 130

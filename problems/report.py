@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mlo.errors import MloError
 from mlo.figures import FAINT, PAPER, house_style, save_figure, text_width
+from mlo.files import write_text
 from problems.search_spaces.genotypes import Genotype
 
 PICTURES = ("cell_normal.svg", "cell_reduce.svg", "alphas.png", "curves.png", "graph.svg")
@@ -183,9 +184,7 @@ def write_report(folder: str | Path) -> Path:
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
     )
     path = folder / "report.html"
-    temporary = path.with_suffix(".tmp")  # whole or not at all
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
     return path
 
 
