@@ -27,7 +27,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -217,6 +216,9 @@ class Engine:
                 f"{path}: expected a checkpoint of the levels {', '.join(self._states)}; found "
                 f"{', '.join(found) or 'none'}"
             )
+        absent = [key for key in ("seed", "rounds_done", "total_rounds", "memory") if key not in saved]
+        if absent:
+            raise CheckpointError(f"{path}: expected the state of an engine; found one without {', '.join(absent)}")
         for name, state in self._states.items():
             try:
                 state.check_state_dict(saved["levels"][name])
@@ -310,7 +312,7 @@ class Engine:
         calls = Calls(self._backend.device) if reuses and attached else None
         world = self._world()
         found = sweep(
-            replace(self._context, journal=self._journal),
+            self._context,
             call,
             solve,
             world,
@@ -318,6 +320,7 @@ class Engine:
             moves_buffers=moves_buffers,
             autocast=True,
             record=calls,
+            journal=self._journal,
             scale=state.scale.value,
         )
         if not recorded:

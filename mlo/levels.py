@@ -103,7 +103,7 @@ class Buffers:
         Batch normalization in training mode uses batch statistics with and without running ones; switching the running
         ones off is exact and free, and changes nothing in evaluation mode. All other buffers are replaced by copies.
         """
-        switched = list(self._batch_norms)
+        switched = self._batch_norms
         kept = [container[key] for container, key in self._slots]
         source = kept if copies is None else copies
         try:

@@ -166,7 +166,7 @@ def nystrom(operator: LinearOperator, b: Tensor, *, rank: int, damping: float, g
         generator: of the random directions, on the CPU.
 
     Returns:
-        x, and the figures negative_eigenvalues (how many d are negative beyond rounding) and rank.
+        x, and the figure negative_eigenvalues (how many d are negative beyond rounding).
     """
     n = b.numel()
     rank = min(rank, n)
@@ -193,4 +193,4 @@ def nystrom(operator: LinearOperator, b: Tensor, *, rank: int, damping: float, g
     x = v @ (inverse * inside)
     if rank < n:
         x = x + (double - v @ inside) / damping
-    return Solution(x.to(b.dtype), {"negative_eigenvalues": int((d < -noise).sum()), "rank": rank})
+    return Solution(x.to(b.dtype), {"negative_eigenvalues": int((d < -noise).sum())})

@@ -11,7 +11,7 @@ Optimizers of one's own are taught by `register_optimizer`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -260,19 +260,16 @@ class Update:
         return a_w, a_g, tuple({name: following(t) for name, t in own.items()} for own in s)
 
     def penalties(self) -> dict[int, tuple[float, float]]:
-        """Return, for each parameter that the step moves, (sign, decay): the step's objective is F_p, of gradient
-        sign * dL_p/dw + decay * w, with the optimizer's coupled weight decay, and a sign of -1 where it maximizes.
-        """  # noqa: D205
+        """Return what makes the level's loss L_p the objective F_p that the step minimizes.
+
+        For each parameter that the step moves, (sign, decay): the gradient of F_p is sign * dL_p/dw + decay * w, with
+        the optimizer's coupled weight decay, and a sign of -1 where it maximizes.
+        """
         return {
             i: (-1.0 if bucket.options.get("maximize") else 1.0, coupled_weight_decay(self.optimizer, bucket.options))
             for bucket in self.buckets
             for i in bucket.indices
         }
-
-    def following(self, steps: int) -> Update:
-        """Return the same update, `steps` steps later: with the optimizer's step counters moved on."""
-        buckets = tuple(replace(b, options={**b.options, "step": b.options["step"] + steps}) for b in self.buckets)
-        return replace(self, buckets=buckets)
 
     def _rule(
         self, bucket: _Bucket, weights: Tensors, gradient: Gradient, state: OptimizerState

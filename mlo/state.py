@@ -79,14 +79,14 @@ class LevelState:
             self.weights.materialize()
         parameters = self.level.variables.parameters
         held = [p for group in self.problem.optimizer.param_groups for p in group["params"]]
-        kept = [(p, p.grad) for p in (*parameters, *held)]
-        for p in held:  # a frozen parameter may still have a gradient
+        kept = {p: p.grad for p in (*parameters, *held)}
+        for p in kept:  # a frozen parameter may still have a gradient
             p.grad = None
         for p, g in zip(parameters, clip(gradient, self.problem.clip_norm), strict=True):
             # A copy: the record keeps the gradient, and an optimizer may write into the one it is given.
             p.grad = None if g is None else g.detach().clone(memory_format=torch.contiguous_format)
         self.problem.optimizer.step()
-        for p, g in kept:
+        for p, g in kept.items():
             p.grad = g
         if self.problem.scheduler is not None:
             self.problem.scheduler.step()

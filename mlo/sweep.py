@@ -102,12 +102,10 @@ class Context:
     Attributes:
         structure: the order of the levels.
         estimators: of each level.
-        journal: None in the sweeps within a nest, which are repeated any number of times.
     """
 
     structure: Structure
     estimators: Mapping[str, Estimator]
-    journal: Journal | None = None
 
 
 @dataclass(frozen=True)
@@ -372,6 +370,7 @@ def sweep(
     moves_buffers: bool = False,
     autocast: bool = False,
     record: Calls | None = None,
+    journal: Journal | None = None,
     scale: float = 1.0,
 ) -> Gradients:
     """Return the total derivatives of a level's loss: its own reverse sweep over the levels solved inside it.
@@ -386,6 +385,7 @@ def sweep(
         moves_buffers: whether the level's own buffers may move.
         autocast: whether the loss runs in the backend's lower precision.
         record: remembers the calls of other levels' modules.
+        journal: of the estimators; None in the sweeps within a nest, which are repeated any number of times.
         scale: loss scale of the backward pass.
     """
     structure, level = context.structure, call.level
@@ -411,7 +411,6 @@ def sweep(
             continue
         assert solve is not None
         targets = tuple(q for q in structure.responds_to[p] if q in wanted)
-        journal = context.journal
         memory = journal.memory.setdefault((level, p), {}) if journal is not None else {}
         response = Response(p, targets, solve.steps_of(p), solve.end, memory, journal)
         for q, c in context.estimators[p].pullback(dense(gradient, world[p].tensors), response).items():

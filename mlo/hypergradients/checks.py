@@ -28,14 +28,23 @@ def check_count(estimator: object, name: str, *, none: str | None = None) -> Non
         )
 
 
-def check_number(estimator: object, name: str, *, allow_zero: bool) -> None:
+def check_number(estimator: object, name: str, *, allow_zero: bool, or_else: str | None = None) -> None:
     """Refuse an argument that is not a finite positive number.
+
+    Args:
+        estimator: whose argument it is.
+        name: of the argument.
+        allow_zero: whether zero will do.
+        or_else: a word that is allowed too.
 
     Raises:
         MloError: it is not.
     """
     value = getattr(estimator, name)
+    if or_else is not None and value == or_else:
+        return
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < 0 or (value == 0 and not allow_zero):
         kind = "a number of at least 0" if allow_zero else "a positive number"
+        kind += f" or {or_else!r}" if or_else is not None else ""
         raise MloError(f"{type(estimator).__name__}: {name} must be {kind}; found {value!r}")

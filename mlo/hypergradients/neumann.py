@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mlo.errors import DivergenceError, MloError
-from mlo.hypergradients.checks import check_count
+from mlo.errors import DivergenceError
+from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.implicit import Implicit, System
 from mlo.linear_solvers import LinearOperator, Solution, largest_eigenvalue, neumann
 from mlo.sweep import Response
@@ -52,9 +51,7 @@ class Neumann(Implicit):
 
     def __post_init__(self) -> None:
         check_count(self, "terms")
-        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
-        if self.scale != "auto" and not (number and 0 < self.scale < math.inf):
-            raise MloError(f"Neumann: scale must be a positive number or 'auto'; found {self.scale!r}")
+        check_number(self, "scale", allow_zero=False, or_else="auto")
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Sum the series, and report how it went."""
