@@ -311,3 +311,38 @@ def test_weight_decay_of_an_unknown_kind_is_refused():
 def test_arguments_out_of_range(build, message):
     with pytest.raises(mlo.MloError, match=message):
         build()
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+def test_a_converged_level_in_a_nest_may_be_unrolled_or_differentiated_implicitly(rollback):
+    """With rollback a level that was put back took its records along."""
+
+    class Pair(torch.nn.Module):
+        def __init__(self, *values):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+    def low_loss(levels, batch):
+        return ((levels.low.w - levels.mid.w.sin()) ** 2).sum() + 0.1 * (levels.low.w**4).sum()
+
+    def mid_loss(levels, batch):
+        return ((levels.mid.w - levels.top.w) ** 2).sum() + (levels.low.w**2 * levels.mid.w).sum()
+
+    def top_loss(levels, batch):
+        return ((levels.mid.w - 1) ** 2).sum() + (levels.low.w**3).sum()
+
+    def engine(estimator):
+        modules = {"low": Pair(0.3, 0.1), "mid": Pair(-0.2, 0.6), "top": Pair(0.5, -0.4)}
+        losses = {"low": low_loss, "mid": mid_loss, "top": top_loss}
+        steps = {"low": 60, "mid": 2, "top": 1}
+        estimators = {"low": estimator, "mid": mlo.Unroll(), "top": mlo.Unroll()}
+        problems = [
+            mlo.Problem(name, m, losses[name], sgd(name, m), None, steps=steps[name], hypergradient=estimators[name])
+            for name, m in modules.items()
+        ]
+        edges = [("mid", "low"), ("low", "mid"), ("top", "mid"), ("mid", "top"), ("low", "top")]
+        return mlo.Engine(mlo.Graph(problems, [mlo.Edge(*e) for e in edges]), device="cpu", rollback=rollback)
+
+    exact = engine(mlo.Unroll()).hypergradient("top")["w"]
+    found = engine(mlo.ConjugateGradient(tolerance=1e-12)).hypergradient("top")["w"]
+    assert relative_error(found, exact) < 1e-6
