@@ -34,6 +34,9 @@ _FLOAT = (
 )
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
     """The loader that the module's docstring describes."""
 
@@ -53,6 +56,25 @@ class _StrictLoader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):
             _check_keys([key for key, _ in node.value])
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge what `<<` names: a mapping's own keys win, and an earlier source over a later one.
+
+        That is the definition of https://yaml.org/type/merge.html. PyYAML 6.0.4 lets another one win.
+        """
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        pairs, node.value = node.value, []  # a mapping merged into itself adds nothing
+        for key, value in pairs:
+            if key.tag != _MERGE:
+                own[key.value] = key, value
+                continue
+            for source in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                if not isinstance(source, yaml.MappingNode):
+                    raise _refusal(source, f"expected a mapping to merge, or a list of them; found a {source.id}")
+                self.flatten_mapping(source)
+                merged |= {k.value: (k, v) for k, v in source.value}
+        node.value = list((merged | own).values())
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -116,7 +138,7 @@ def _place(mark: yaml.Mark) -> str:
 def _check_keys(keys: Sequence[yaml.Node]) -> None:
     lines: dict[str, int] = {}
     for key in keys:
-        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+        if key.tag not in ("tag:yaml.org,2002:str", _MERGE):
             raise _refusal(key, f"the key {key.value!r} is not a string; put it in quotes")
         if key.value in lines:
             raise _refusal(key, f"duplicate key {key.value!r}, first given on line {lines[key.value]}")

@@ -71,6 +71,28 @@ def test_merging_may_repeat_keys() -> None:
     assert found == {"wide": {"deep": {"a": 1, "b": 3}}, "other": {"a": 4, "b": 3}}
 
 
+def test_of_several_merged_mappings_the_earlier_wins() -> None:
+    text = (
+        "one: &one {rate: 1}\ntwo: &two {rate: 2, size: 2}\nall: {<<: [*one, *two]}\nown: {<<: [*two, *one], size: 3}"
+    )
+    found = parse_yaml(text, "x.yaml")
+    assert found["all"] == {"rate": 1, "size": 2}
+    assert found["own"] == {"rate": 2, "size": 3}
+    assert found["two"] == {"rate": 2, "size": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [("a: {<<: 1}", "column 9"), ("b: &b {c: 1}\na: {<<: [*b, word]}", "line 2, column 14")]
+)
+def test_what_is_no_mapping_cannot_be_merged(text: str, place: str) -> None:
+    with pytest.raises(RecipeError, match=f"{place}: expected a mapping to merge, or a list of them; found a scalar"):
+        parse_yaml(text, "x.yaml")
+
+
+def test_a_mapping_merged_into_itself_is_as_it_was() -> None:
+    assert parse_yaml("a: &a {<<: *a, b: 1}", "x.yaml") == {"a": {"b": 1}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
