@@ -107,6 +107,8 @@ class LevelState:
 
         @torch.no_grad()
         def restore() -> None:
+            if self.weights.recorded:
+                self.weights.materialize()
             for t, saved in zip(tensors, copies, strict=True):
                 t.copy_(saved)
             for container, key, buffer, kept in buffers:
