@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlo.errors import DivergenceError, MloError
+from mlo.hypergradients.base import Claim
 from mlo.hypergradients.checks import check_count
 from mlo.hypergradients.implicit import Implicit, System
 from mlo.linear_solvers import LinearOperator, Solution, largest_eigenvalue, neumann
@@ -55,6 +56,10 @@ class Neumann(Implicit):
         number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
         if self.scale != "auto" and not (number and 0 < self.scale < math.inf):
             raise MloError(f"Neumann: scale must be a positive number or 'auto'; found {self.scale!r}")
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Approximate: a truncated series."""
+        return Claim("Neumann is a truncated series: it approaches the implicit derivative as terms -> infinity")
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Sum the series, and report how it went."""
