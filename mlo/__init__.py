@@ -4,6 +4,7 @@ from mlo.engine import Engine
 from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError, RecipeError
 from mlo.graph import Edge, Graph
 from mlo.hypergradients import (
+    Claim,
     ConjugateGradient,
     FiniteDifference,
     FirstOrder,
@@ -20,6 +21,7 @@ from mlo.version import __version__
 
 __all__ = [
     "CheckpointError",
+    "Claim",
     "ConjugateGradient",
     "DivergenceError",
     "Edge",

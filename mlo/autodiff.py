@@ -76,6 +76,7 @@ class LossCall:
         progress: fraction of the run.
         backend: device and precision.
         buffers: what a repetition must find in the buffers of the levels read; empty to read them as they are.
+        constants: values of levels read through detached edges, in force whatever values are bound.
     """
 
     level: str
@@ -85,6 +86,7 @@ class LossCall:
     progress: float
     backend: Backend
     buffers: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    constants: Mapping[str, Tensors] = field(default_factory=dict)
 
     @contextmanager
     def in_force(self, values: Mapping[str, Tensors], *, moves_buffers: bool = False) -> Iterator[None]:
@@ -190,7 +192,7 @@ class LossCall:
         bound: dict[str, Tensors] = {}
         inputs: dict[str, Tensors] = {}
         for name in (self.level, *self.levels[self.level].reads):
-            tensors = values.get(name)
+            tensors = self.constants.get(name, values.get(name))
             if tensors is None:
                 if name in wrt:
                     inputs[name] = self.levels[name].variables.parameters

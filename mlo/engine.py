@@ -27,18 +27,22 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Backend, Gradients, Level, dense
+from mlo.autodiff import Backend, Gradients, Level, LossCall, dense
 from mlo.calls import Calls
+from mlo.checking import Check, LevelCheck, Settings, check_level
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.devices import find_device
+from mlo.double import double, double_loss, in_double
 from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError
 from mlo.graph import Graph
 from mlo.optimizers import Update
 from mlo.randomness import isolated
+from mlo.script import Script
 from mlo.state import LevelState, move_optimizer
 from mlo.sweep import Context, Journal, Member, Solve, Step, World, sweep
 from mlo.tracking import Callback, ProgressBar, RoundReport
@@ -102,6 +106,7 @@ class Engine:
         self._context = Context(graph.structure, {p.name: p.hypergradient for p in graph.levels})
         self._journal = Journal()
         self._tallies: dict[str, list[Tensor | float]] = {}
+        self._script: Script | None = None  # of a check
         self._traced = False
         self._stopping = False
 
@@ -177,12 +182,53 @@ class Engine:
             tops, journal = self.graph.structure.tops, self._journal
             self._journal = journal.copy()
             try:
-                found = self._sweep(name, self._approach(name, tops), recorded=False, moves_buffers=False)[0]
+                self._approach(name, tops)
+                solve = self._solve(name, repeatable=False)
+                found = self._sweep(name, solve, recorded=False, moves_buffers=False)[0]
             finally:
                 self._journal = journal
         variables = self._levels[name].variables
         gradient = dense(found.of[name], variables.parameters)
         return {n: g.detach().clone() for n, g in zip(variables.names, gradient, strict=True)}
+
+    def check(
+        self,
+        name: str | None = None,
+        *,
+        directions: int = 8,
+        radii: tuple[float, float] = (1e-6, 1e-7),
+        tolerance: float = 1e-4,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Check:
+        """Compare hypergradients with a black box, and leave everything bit for bit as it was.
+
+        Moves the level's variables by +- h along random directions, lets the levels solved inside it really take the
+        steps of the next round again, in float64, from the same start of every solve, on the same batches and random
+        draws, and takes central differences of the level's loss. What is read through a detached edge stays what it
+        was. Costs 4 solves a direction, and memory for every start.
+
+        Args:
+            name: of a level with levels solved inside it; None for all of them.
+            directions: orthonormal random ones, at most as many as the level has variables: then the whole gradient is
+                compared, otherwise its projection (the relative error is then that of the whole up to chance).
+            radii: h, at most 1e-6, the larger first; where the two disagree the loss is not smooth, and not judged.
+            tolerance: largest relative error of estimators that claim to be exact.
+            seed: of the directions.
+            progress: show a progress bar.
+
+        Returns:
+            What was found, level by level; print it.
+
+        Raises:
+            GraphError: an unknown name, or a level with nothing inside.
+            MloError: a setting out of range, a device without float64, or a loss that cannot be repeated.
+        """
+        settings = Settings(directions, radii, tolerance, seed, progress)
+        names = self._checkable(name)
+        self._trace()
+        with self._at_work(), self._restored(self.graph.structure.names), self._in_double():
+            return Check(tuple(self._check_level(n, settings) for n in names))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, atomically; a run resumed from it goes on bit for bit.
@@ -270,8 +316,7 @@ class Engine:
         self._tally(name, found)
         if name in self.graph.structure.tops:  # its sweep is done, and with it all records
             solve = None
-            for other in self._states.values():
-                other.weights.recorded = False
+            self._drop_records()
         if state.scale.admits(found.of[name]):
             state.take_step(found.of[name])
         else:
@@ -284,6 +329,8 @@ class Engine:
         structure = self.graph.structure
         if not structure.inside[name]:
             return None
+        if self._script is not None:
+            self._script.begin_solve([self._states[q].snapshot for q in structure.inside[name]])
         solve = Solve(name, self._world())
         for q in structure.members[name]:
             depth = self.graph[q].hypergradient.recorded_steps
@@ -306,11 +353,11 @@ class Engine:
         self, name: str, solve: Solve | None, *, recorded: bool, moves_buffers: bool, reuses: bool = False
     ) -> tuple[Gradients, Step | None]:
         state = self._states[name]
-        call = state.next_call(self._levels, self._progress(), self._backend, recorded=recorded)
+        world = self._world()
+        call = self._next_call(name, world, recorded=recorded)
         attached = self.graph.structure.reads[name]
         reuses = reuses and self._backend.autocast is None  # products are not taken in lower precision
         calls = Calls(self._backend.device) if reuses and attached else None
-        world = self._world()
         found = sweep(
             self._context,
             call,
@@ -323,23 +370,96 @@ class Engine:
             journal=self._journal,
             scale=state.scale.value,
         )
+        if self._script is not None:
+            self._script.observe(self.graph[name], self._levels[name].variables.parameters, found.of[name])
         if not recorded:
             return found, None
         problem, gradient = self.graph[name], found.of[name]
         update = Update.capture(problem.optimizer, self._levels[name].variables.parameters, gradient, problem.clip_norm)
         return found, Step(self._context, call, world, gradient, update, solve, calls)
 
-    def _approach(self, name: str, members: Sequence[str]) -> Solve | None:
-        """Play the steps that come before the next step of `name`, and return the solve inside it."""
+    def _next_call(self, name: str, world: World, *, recorded: bool) -> LossCall:
+        """Return the loss of a level's next step: on a new batch, or the one that a script has written down."""
+        if self._script is not None and self._script.repeating:
+            return self._script.next_call()
+        call = self._states[name].next_call(self._levels, self._progress(), self._backend, recorded=recorded)
+        if self._script is not None:
+            self._script.record(call, world)
+        return call
+
+    def _approach(self, name: str, members: Sequence[str]) -> None:
+        """Play the steps that come before the next step of `name`; the solve inside it comes next."""
         for q in members:
             if q == name:
-                break
+                return
             if name in self.graph.structure.inside[q]:
-                return self._approach(name, self.graph.structure.members[q])
+                self._approach(name, self.graph.structure.members[q])
+                return
             for _ in range(self.graph[q].steps):
                 self._take_step(q)
             self._solve(q, repeatable=False)
-        return self._solve(name, repeatable=False)
+
+    def _checkable(self, name: str | None) -> Sequence[str]:
+        """Return the levels to check."""
+        inside = self.graph.structure.inside
+        if name is not None:
+            self.graph.check_name(name, "check")
+        uppers = [n for n in self.graph.structure.names if inside[n] and name in {None, n}]
+        if not uppers:
+            where = "any level" if name is None else f"level {name!r}"
+            raise GraphError(
+                f"check: expected levels solved inside {where}; found none: its hypergradient is a plain gradient, and "
+                f"there is nothing to check."
+            )
+        if self._backend.device.type == "mps":
+            raise MloError("check: expected a device with float64; found mps. Build the engine with device='cpu'.")
+        return uppers
+
+    def _check_level(self, name: str, settings: Settings) -> LevelCheck:
+        """Sweep once, and play the same solve again and again."""
+        observed = [q for q in self.graph.structure.inside[name] if self.graph[q].hypergradient.implicit]
+        with self._restored(self.graph.structure.names):
+            self._approach(name, self.graph.structure.tops)
+            journal, script = self._journal.copy(), Script(observed)
+            self._script = script
+
+            def play() -> float:
+                self._drop_records()
+                self._journal = journal.copy()
+                script.rewind()
+                self._solve(name, repeatable=False)
+                world = self._world()
+                values = {n: w.tensors for n, w in world.items() if not w.live}
+                return float(script.next_call().gradients(values, ()).loss)
+
+            try:
+                solve = self._solve(name, repeatable=False)
+                found = self._sweep(name, solve, recorded=False, moves_buffers=False)[0]
+                return check_level(
+                    self.graph, name, self._levels[name].variables, found, script=script, play=play, settings=settings
+                )
+            finally:
+                self._script = None
+                self._drop_records()
+
+    @contextmanager
+    def _in_double(self) -> Iterator[None]:
+        """Compute everything in float64 within the block, with a journal of its own."""
+        levels, backend, journal = self._levels, self._backend, self._journal
+        self._levels = {name: replace(level, loss=double_loss(level.loss)) for name, level in levels.items()}
+        self._backend, self._journal = Backend(backend.device), journal.copy()
+        for memory in self._journal.memory.values():
+            memory.update({key: double(t) for key, t in memory.items()})
+        try:
+            with in_double([(p.module, p.optimizer) for p in self.graph.levels]):
+                yield
+        finally:
+            self._levels, self._backend, self._journal = levels, backend, journal
+
+    def _drop_records(self) -> None:
+        """Let no version of any variables be kept for the records made so far."""
+        for state in self._states.values():
+            state.weights.recorded = False
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
+import mlo
 from mlo.cli import main
 from mlo.recipes import list_recipes
 from mlo.tracking import read_metrics
@@ -122,6 +123,32 @@ def test_graph_draws_and_tells(tmp_path, suffix):
     assert "architecture (detached)" in done.output
 
 
+UNROLL = ("levels.teacher.hypergradient.kind=unroll", "levels.student.hypergradient.kind=unroll")
+
+
+def test_check_judges_learning_by_teaching(tmp_path, monkeypatch):
+    """Its ReLU and max pooling are smooth at radii this small."""
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["check", "lbt/digits", "--directions", "2", "--seed", "1", *small(*UNROLL)])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"architecture  2 of 224 +\d\.\de-0[6-9] +1.00000   exact, as claimed", done.output)
+    assert "teacher: Unroll(last=None) is exact: it goes back through all 1 steps" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_exits_with_1_where_an_estimator_is_wrong(monkeypatch):
+    right = mlo.Unroll.pullback
+
+    def wrong(self, cotangent, response):
+        return {q: tuple(2 * c for c in found) for q, found in right(self, cotangent, response).items()}
+
+    monkeypatch.setattr(mlo.Unroll, "pullback", wrong)
+    arguments = ["check", "lbt/digits", "--directions", "1", "--level", "architecture", *small(*UNROLL)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert "WRONG" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -129,6 +156,8 @@ def test_graph_draws_and_tells(tmp_path, suffix):
         (["run", "lbt/digits", "--set", "levels.teacher.hypergradient.kind=unrol"], "did you mean 'unroll'?"),
         (["run", "lbt/digits", "--set", "lambd=2"], "did you mean 'lambda'?"),
         (["run", "lbt/digits", "--set", "gamma"], "gamma"),
+        (["check", "lbt/digits", "--level", "techer"], "Did you mean 'teacher'?"),
+        (["check", "lbt/digits", "--level", "teacher"], "found none: its hypergradient is a plain gradient"),
         (["run", "lbt/digits", "--device", "gpu"], "device: expected 'auto' or a torch device"),
         (["run", "lbt/digits", "--set", "batch_size=5000"], "found batches of 5000 images and a part of"),
         (["run", "lbt/digits", "--set", "data.fractions=[0.5,0.5,0.5,0.5,0.5]"], "positive numbers that sum to 1"),
@@ -147,7 +176,7 @@ def test_mistakes_end_with_a_message_and_status_2(tmp_path, monkeypatch, argumen
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["run"], ["resume"], ["graph"]])
+@pytest.mark.parametrize("command", [[], ["list"], ["run"], ["resume"], ["graph"], ["check"]])
 def test_help_has_an_example(command):
     done = CliRunner().invoke(main, [*command, "--help"])
     assert done.exit_code == 0

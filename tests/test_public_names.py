@@ -7,8 +7,8 @@ from mlo.hypergradients import KINDS
 
 def test_exports():
     assert sorted(mlo.__all__) == [
-        "CheckpointError", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference", "FirstOrder",
-        "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output", "Problem",
+        "CheckpointError", "Claim", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference",
+        "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output", "Problem",
         "RecipeError", "Response", "Step", "Tensors", "Unroll", "__version__", "register_optimizer",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)
@@ -28,4 +28,5 @@ def test_command_line_flags():
         "run": ["--device", "--output", "--quiet", "--rounds", "--seed", "--set"],
         "resume": ["--quiet"],
         "graph": ["--output", "--set"],
+        "check": ["--directions", "--level", "--seed", "--set"],
     }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.conjugate_gradient import ConjugateGradient
 from mlo.hypergradients.finite_difference import FiniteDifference
 from mlo.hypergradients.first_order import FirstOrder
@@ -25,6 +25,7 @@ KINDS: Mapping[str, type[Hypergradient]] = MappingProxyType(
 
 __all__ = [
     "KINDS",
+    "Claim",
     "ConjugateGradient",
     "FiniteDifference",
     "FirstOrder",

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from mlo.levels import Tensors
 from mlo.sweep import Response
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an estimator promises, measured against the steps that the level really takes; `Engine.check` judges it.
+
+    Args:
+        text: what to expect of it, a line.
+        exact: it promises the derivative of the steps taken, up to rounding.
+        converged: it promises that only where the level converges within its steps.
+    """
+
+    text: str
+    exact: bool = False
+    converged: bool = False
 
 
 class Hypergradient(abc.ABC):
@@ -34,6 +50,15 @@ class Hypergradient(abc.ABC):
         Within a nest such a response is differentiated by `pullback` again, and not through its recorded steps.
         """
         return False
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Say what is to be expected of the pullback; nothing by default.
+
+        Args:
+            steps: that the level takes in a solve.
+            num_variables: entries of the level's variables.
+        """
+        return Claim(f"{type(self).__name__} makes no claim")
 
     @abc.abstractmethod
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:

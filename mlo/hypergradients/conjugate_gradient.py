@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlo.hypergradients.base import Claim
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.implicit import Implicit, System
 from mlo.levels import Tensors
@@ -54,6 +55,16 @@ class ConjugateGradient(Implicit):
         check_count(self, "iterations")
         check_number(self, "damping", allow_zero=True)
         check_number(self, "tolerance", allow_zero=True)
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Exact where the level converges, undamped, with as many iterations as there are variables."""
+        if self.damping:
+            return Claim("ConjugateGradient is damped: it approaches the implicit derivative as damping -> 0")
+        if self.iterations < num_variables:
+            return Claim(f"ConjugateGradient may end early: {self.iterations} iterations for {num_variables} variables")
+        return Claim(
+            "ConjugateGradient is exact where the level converges within its steps", exact=True, converged=True
+        )
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Run the iterations, and report how they went."""

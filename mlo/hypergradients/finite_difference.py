@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlo.autodiff import Gradient
-from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.steps import pull_back_steps
 from mlo.levels import Tensors
@@ -51,6 +51,15 @@ class FiniteDifference(Hypergradient):
     def recorded_steps(self) -> int | None:
         """The steps gone back."""
         return self.last
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Approximate, with an error of order radius^2 where all steps are gone back."""
+        if self.last is not None and self.last < steps:
+            return Claim(f"{self!r} is truncated: it leaves out the first {steps - self.last} of {steps} steps")
+        return Claim(
+            f"{self!r} goes back through all {steps} steps, with an error of order radius^2; on losses "
+            f"with kinks (ReLU, max pooling) it averages over those within its radius"
+        )
 
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
         """Pull back through the steps, newest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.levels import Tensors
 from mlo.sweep import Response
 
@@ -26,6 +26,10 @@ class FirstOrder(Hypergradient):
     def needs_update_rule(self) -> bool:
         """Any optimizer will do."""
         return False
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Approximate by design."""
+        return Claim(f"{self!r} ignores the level's response: off by all of the indirect part through it")
 
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:  # noqa: ARG002
         """Return nothing: every cotangent is zero."""

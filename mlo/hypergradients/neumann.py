@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlo.errors import DivergenceError
+from mlo.hypergradients.base import Claim
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.implicit import Implicit, System
 from mlo.linear_solvers import LinearOperator, Solution, largest_eigenvalue, neumann
@@ -52,6 +53,10 @@ class Neumann(Implicit):
     def __post_init__(self) -> None:
         check_count(self, "terms")
         check_number(self, "scale", allow_zero=False, or_else="auto")
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Approximate: a truncated series."""
+        return Claim("Neumann is a truncated series: it approaches the implicit derivative as terms -> infinity")
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Sum the series, and report how it went."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlo.hypergradients.base import Claim
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.implicit import Implicit, System
 from mlo.linear_solvers import LinearOperator, Solution, nystrom
@@ -44,6 +45,13 @@ class Nystrom(Implicit):
     def __post_init__(self) -> None:
         check_count(self, "rank")
         check_number(self, "damping", allow_zero=False)
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Approximate: of low rank, and damped."""
+        return Claim(
+            f"Nystrom is of rank {min(self.rank, num_variables)} of {num_variables}, and damped: it approaches the "
+            f"implicit derivative at full rank as damping -> 0"
+        )
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Draw the directions, keyed by the step, and invert."""

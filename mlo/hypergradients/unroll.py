@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlo.hypergradients.base import Hypergradient
+from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count
 from mlo.hypergradients.steps import pull_back_steps
 from mlo.levels import Tensors
@@ -40,6 +40,12 @@ class Unroll(Hypergradient):
     def recorded_steps(self) -> int | None:
         """The steps gone back."""
         return self.last
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Exact with all steps."""
+        if self.last is not None and self.last < steps:
+            return Claim(f"{self!r} is truncated: it leaves out the first {steps - self.last} of {steps} steps")
+        return Claim(f"{self!r} is exact: it goes back through all {steps} steps", exact=True)
 
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
         """Pull back through the steps, newest first."""
