@@ -48,6 +48,10 @@ def own_method(kind: str) -> Method:
     return Method("mlo", f"`{KINDS[kind].__name__}({text})`", compute, for_steps, for_optima)
 
 
+LEGEND = (
+    "Relative errors, in parentheses where the method does not mean to compute that derivative; *cannot*: the library "
+    "says so; *error*: it raises. In the second table Betty is given the exact best responses, the others take steps."
+)
 OWN = tuple(own_method(kind) for kind in KINDS)
 
 
@@ -108,7 +112,10 @@ def table(methods: Iterable[Method], cases: Sequence[Case], notes: Notes) -> lis
 def report(methods: Sequence[Method], cases: Sequence[Case]) -> str:
     """The whole text: versions, one table for steps taken and one for converged levels, notes."""
     versions = ", ".join(f"{name} {version(name) or 'not installed'}" for name in DISTRIBUTIONS)
-    lines = [f"mlo {mlo.__version__}, {versions}; torch {torch.__version__}, Python {platform.python_version()}."]
+    lines = [
+        f"mlo {mlo.__version__}, {versions}; torch {torch.__version__}, Python {platform.python_version()}.",
+        LEGEND,
+    ]
     notes = Notes()
     for title, implicit in (("Optimizer steps really taken", False), ("Levels solved to optimality", True)):
         chosen = [case for case in cases if case.implicit == implicit]

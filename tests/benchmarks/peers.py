@@ -1,4 +1,4 @@
-"""The same hypergradients by TorchOpt, higher and Betty, each used as its documentation says, with its best settings."""
+"""The same by TorchOpt, higher and Betty, each used as its documentation says, with its best settings."""
 
 from __future__ import annotations
 
@@ -167,27 +167,69 @@ def betty_cg(case: Case) -> Tensor:
 
 METHODS = (
     Method(
-        "TorchOpt", "`MetaSGD`, `MetaAdam`, `MetaAdamW`", lambda case: unrolled(case, with_torchopt), True, True,
-        "with `torch.set_default_dtype(torch.float64)`, or else Adam's bias correction is in float32 (2e-07 here); "
+        "TorchOpt",
+        "`MetaSGD`, `MetaAdam`, `MetaAdamW`",
+        lambda case: unrolled(case, with_torchopt),
+        exact_for_steps=True,
+        exact_for_optima=True,
+        note="with `torch.set_default_dtype(torch.float64)`, or else Adam's bias correction is in float32; "
         "graphs and nests of levels are loops written by hand",
     ),
-    Method("TorchOpt", "`custom_root`, `solve_cg`", torchopt_cg, False, True, "a solver's result for each level, composed by hand"),
-    Method("TorchOpt", "`custom_root`, `solve_inv(ns=True)`", torchopt_neumann, False, True),
     Method(
-        "higher", "`get_diff_optim`", lambda case: unrolled(case, with_higher), True, True,
-        "its Adam adds eps before the bias correction, which `torch.optim.Adam` does after it; loops written by hand",
+        "TorchOpt",
+        "`custom_root`, `solve_cg`",
+        torchopt_cg,
+        exact_for_steps=False,
+        exact_for_optima=True,
+        note="one root for each level, composed by hand; in a nest one root stands in another's optimality condition",
     ),
     Method(
-        "Betty", "`darts`", lambda case: betty(case, "darts", darts_alpha=1e-3), False, False,
-        "takes the inverse curvature for the identity; the learning rate and the optimizer take no part",
+        "TorchOpt",
+        "`custom_root`, `solve_inv(ns=True)`",
+        torchopt_neumann,
+        exact_for_steps=False,
+        exact_for_optima=True,
     ),
     Method(
-        "Betty", "`neumann`", lambda case: betty(case, "neumann", neumann_iterations=200, neumann_alpha=0.4),
-        False, True,
+        "higher",
+        "`get_diff_optim`",
+        lambda case: unrolled(case, with_higher),
+        exact_for_steps=True,
+        exact_for_optima=True,
+        note="its Adam adds eps before the bias correction, `torch.optim.Adam` after it; loops written by hand",
     ),
-    Method("Betty", "`cg`", betty_cg, False, True, "the best of 1 to 10 iterations is shown; more do not converge"),
-    Method("Betty", "`IterativeProblem`", lambda case: betty(case, "darts", "IterativeProblem"), True, True),
     Method(
-        "Betty", "`HigherIterativeProblem`", lambda case: betty(case, "darts", "HigherIterativeProblem"), True, True
+        "Betty",
+        "`darts`",
+        lambda case: betty(case, "darts", darts_alpha=1e-3),
+        exact_for_steps=False,
+        exact_for_optima=False,
+        note="takes the curvature for the identity; the learning rate and the optimizer take no part",
     ),
-)  # fmt: skip
+    Method(
+        "Betty",
+        "`neumann`",
+        lambda case: betty(case, "neumann", neumann_iterations=200, neumann_alpha=0.4),
+        exact_for_steps=False,
+        exact_for_optima=True,
+    ),
+    Method(
+        "Betty",
+        "`cg`",
+        betty_cg,
+        exact_for_steps=False,
+        exact_for_optima=True,
+        note="the best of 1 to 10 iterations; it does not converge, as each direction is made from the residual before "
+        "the last",
+    ),
+    *(
+        Method(
+            "Betty",
+            f"`{problem}`",
+            lambda case, problem=problem: betty(case, "darts", problem),
+            exact_for_steps=True,
+            exact_for_optima=True,
+        )
+        for problem in ("IterativeProblem", "HigherIterativeProblem")
+    ),
+)
