@@ -8,7 +8,8 @@ from mlo.hypergradients import KINDS
 def test_exports():
     assert sorted(mlo.__all__) == [
         "CheckpointError", "Claim", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference",
-        "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output", "Problem",
+        "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output",
+        "Problem",
         "RecipeError", "Response", "Step", "Tensors", "Unroll", "__version__", "register_optimizer",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)
