@@ -4,6 +4,7 @@ from mlo.engine import Engine
 from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError, RecipeError
 from mlo.graph import Edge, Graph
 from mlo.hypergradients import (
+    SAMA,
     Claim,
     ConjugateGradient,
     FiniteDifference,
@@ -11,6 +12,7 @@ from mlo.hypergradients import (
     Hypergradient,
     Neumann,
     Nystrom,
+    Penalty,
     Unroll,
 )
 from mlo.levels import Levels, Output, Tensors
@@ -20,6 +22,7 @@ from mlo.sweep import Response, Step
 from mlo.version import __version__
 
 __all__ = [
+    "SAMA",
     "CheckpointError",
     "Claim",
     "ConjugateGradient",
@@ -36,6 +39,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "Output",
+    "Penalty",
     "Problem",
     "RecipeError",
     "Response",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Level:
         loss: the user's loss.
         reads: all levels that the loss may read, detached ones included, itself excluded.
         attached: those of `reads` that are differentiated.
+        hyperparameters: options of its optimizer that other levels determine, as functions of them.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Level:
     loss: Callable[[Levels, Any], Any]
     reads: tuple[str, ...]
     attached: tuple[str, ...]
+    hyperparameters: Mapping[str, Callable[[Levels], Any]] = field(default_factory=dict)
     variables: Variables = field(init=False)
     buffers: Buffers = field(init=False)
 
@@ -75,8 +77,10 @@ class LossCall:
         key: of the random draws.
         progress: fraction of the run.
         backend: device and precision.
-        buffers: what a repetition must find in the buffers of the levels read; empty to read them as they are.
+        recorded: whether repetitions must find the buffers as the level's own step finds them.
+        buffers: those, written down when the step is taken; until then buffers are read as they are.
         constants: values of levels read through detached edges, in force whatever values are bound.
+        objective: a function to differentiate in the place of the level's loss.
     """
 
     level: str
@@ -85,8 +89,19 @@ class LossCall:
     key: int
     progress: float
     backend: Backend
-    buffers: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    recorded: bool = False
+    buffers: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
     constants: Mapping[str, Tensors] = field(default_factory=dict)
+    objective: Callable[[Levels, Any], Any] | None = None
+
+    @property
+    def parts(self) -> tuple[LossCall, ...]:
+        """The calls that this one is the mean of: itself alone."""
+        return (self,)
+
+    def holding(self, constants: Mapping[str, Tensors]) -> LossCall:
+        """Return the call with some values fixed, whatever values are bound."""
+        return replace(self, constants=constants)
 
     @contextmanager
     def in_force(self, values: Mapping[str, Tensors], *, moves_buffers: bool = False) -> Iterator[None]:
@@ -96,8 +111,11 @@ class LossCall:
             values: of the levels whose parameters are to be replaced; the others keep the module's own.
             moves_buffers: whether the level's own buffers may move (in its own step only).
         """
+        names = (self.level, *self.levels[self.level].reads)
+        if moves_buffers and self.recorded:
+            self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
         with ExitStack() as stack:
-            for name in (self.level, *self.levels[self.level].reads):
+            for name in names:
                 level = self.levels[name]
                 if name in values:
                     stack.enter_context(level.variables.bound(values[name]))
@@ -154,10 +172,50 @@ class LossCall:
             if double_backward:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             seed_generators(self.key, backend.device)
-            result = own.loss(levels, self.batch)
+            result = (self.objective or own.loss)(levels, self.batch)
         if accessed is not None:
             accessed |= levels._accessed
         return _checked(self.level, result)
+
+    def hyperparameters(
+        self, values: Mapping[str, Tensors], *, create_graph: bool = False, accessed: set[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Evaluate the options of the level's optimizer that other levels determine.
+
+        Args:
+            values: by level; levels not given are read at their module's own parameters.
+            create_graph: let the result be a function of the values of attached levels.
+            accessed: receives the names that were read.
+
+        Raises:
+            GraphError: one reads a level without an edge, or does not return a number.
+        """
+        own = self.levels[self.level]
+        if not own.hyperparameters:
+            return {}
+        bound: dict[str, Tensors] = {}
+        for name in own.reads:
+            tensors = self.constants.get(name, values.get(name, self.levels[name].variables.parameters))
+            attached = create_graph and name in own.attached and name in values
+            bound[name] = tensors if attached else tuple(t.detach() for t in tensors)
+        views = {name: LevelView(self.levels[name].module, self.levels[name].module) for name in own.reads}
+        levels = Levels(self.level, views, self.progress)
+        with self.in_force(bound), torch.set_grad_enabled(create_graph):
+            seed_generators(self.key, self.backend.device)
+            found = {name: _option(self.level, name, f(levels)) for name, f in own.hyperparameters.items()}
+        if accessed is not None:
+            accessed |= levels._accessed
+        return found
+
+    def along_hyperparameters(self, cotangents: Mapping[str, Tensor]) -> LossCall:
+        """Return a call whose derivatives are those of the level's hyperparameters along cotangents of them."""
+        functions = self.levels[self.level].hyperparameters
+
+        def objective(levels: Levels, batch: Any) -> Tensor:  # noqa: ARG001
+            terms = [(_option(self.level, name, functions[name](levels)) * c).sum() for name, c in cotangents.items()]
+            return torch.stack(terms).sum()
+
+        return replace(self, objective=objective)
 
     @contextmanager
     def differentiated(
@@ -233,6 +291,68 @@ class LossCall:
 
 
 @dataclass(frozen=True)
+class MeanCall:
+    """The mean of one loss over several micro-batches: gradient accumulation, in which each of them counts.
+
+    Differentiated one part after the other, so that first derivatives need the memory of one micro-batch.
+
+    Attributes:
+        parts: one call a micro-batch, at least two.
+    """
+
+    parts: tuple[LossCall, ...]
+
+    @property
+    def level(self) -> str:
+        """Whose loss it is."""
+        return self.parts[0].level
+
+    @property
+    def levels(self) -> Mapping[str, Level]:
+        """All levels by name."""
+        return self.parts[0].levels
+
+    @property
+    def key(self) -> int:
+        """Of the random draws of the first part."""
+        return self.parts[0].key
+
+    def holding(self, constants: Mapping[str, Tensors]) -> MeanCall:
+        """As `LossCall.holding`."""
+        return MeanCall(tuple(part.holding(constants) for part in self.parts))
+
+    def hyperparameters(self, values: Mapping[str, Tensors], **options: Any) -> dict[str, Tensor]:
+        """As `LossCall.hyperparameters`."""
+        return self.parts[0].hyperparameters(values, **options)
+
+    def along_hyperparameters(self, cotangents: Mapping[str, Tensor]) -> LossCall:
+        """As `LossCall.along_hyperparameters`."""
+        return self.parts[0].along_hyperparameters(cotangents)
+
+    @contextmanager
+    def differentiated(self, values: Mapping[str, Tensors], wrt: Sequence[str], **options: Any) -> Iterator[Gradients]:
+        """As `LossCall.differentiated`."""
+        yield self.gradients(values, wrt, **options)
+
+    def gradients(self, values: Mapping[str, Tensors], wrt: Sequence[str], **options: Any) -> Gradients:
+        """Return the means of the parts' losses, gradients and metrics."""
+        found = [part.gradients(values, wrt, **options) for part in self.parts]
+        num = len(found)
+        of = {name: found[0].of[name] for name in wrt}
+        for other in found[1:]:
+            of = {name: add(of[name], other.of[name]) for name in wrt}
+        return Gradients(
+            torch.stack([f.loss for f in found]).mean(),
+            {name: sum(f.metrics[name] for f in found) / num for name in found[0].metrics},
+            {name: tuple(None if g is None else g / num for g in gradient) for name, gradient in of.items()},
+        )
+
+
+Call = LossCall | MeanCall
+"""A level's loss at one moment."""
+
+
+@dataclass(frozen=True)
 class Gradients:
     """A loss, its metrics and its gradients by level; `leaves` are the cotangents of a replayed call's cut points."""
 
@@ -271,6 +391,14 @@ def add(a: Gradient, b: Gradient) -> Gradient:
 def alias(tensor: Tensor, *, create_graph: bool) -> Tensor:
     """Return a tensor of the same values to differentiate with respect to, part of the graph if one is made."""
     return tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _option(level: str, name: str, value: Any) -> Tensor:
+    expected = "two numbers, as a tensor of shape (2,)" if name == "betas" else "one number, as a tensor"
+    if not isinstance(value, Tensor) or value.numel() != (2 if name == "betas" else 1):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise GraphError(f"level {level!r}, hyperparameter {name!r}: expected {expected}; found {found}")
+    return value.reshape((2,) if name == "betas" else ())
 
 
 def _checked(level: str, result: Any) -> Output:

@@ -32,19 +32,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Backend, Gradients, Level, LossCall, dense
+from mlo.autodiff import Backend, Call, Gradients, Level, dense
 from mlo.calls import Calls
 from mlo.checking import Check, LevelCheck, Settings, check_level
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.devices import find_device
+from mlo.diagnostics import diagnose
 from mlo.double import double, double_loss, in_double
 from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError
 from mlo.graph import Graph
-from mlo.optimizers import Update
+from mlo.optimizers import Update, has_update_rule
 from mlo.randomness import isolated
 from mlo.script import Script
 from mlo.state import LevelState, move_optimizer
-from mlo.sweep import Context, Journal, Member, Solve, Step, World, sweep
+from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep
 from mlo.tracking import Callback, ProgressBar, RoundReport
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,13 +61,16 @@ class Engine:
         precision: "fp32" casts nothing; "bf16" and "fp16" run first-order passes under autocast, fp16 with a loss
             scale.
         rollback: put the lower levels back before each upper step, and solve them again after it.
+        diagnostics_every: every so many rounds, compare the hypergradient of each level with the exact derivative of
+            the steps taken, as metrics (`mlo.diagnostics`); costs an `Unroll` of all levels. None for never.
 
     Attributes:
         rounds_done: rounds played so far.
         total_rounds: that the run is meant to have; `levels.progress` is `rounds_done / total_rounds`.
 
     Raises:
-        MloError: an unknown device or precision.
+        MloError: an unknown device or precision, or an interval of diagnostics that is no positive number.
+        GraphError: diagnostics, and a level whose optimizer's steps cannot be differentiated.
 
     Example:
         >>> import torch, mlo
@@ -86,6 +90,7 @@ class Engine:
         device: str | torch.device = "auto",
         precision: str = "fp32",
         rollback: bool = False,
+        diagnostics_every: int | None = None,
     ) -> None:
         if precision not in _PRECISIONS:
             raise MloError(f"precision: expected one of {', '.join(_PRECISIONS)}; found {precision!r}")
@@ -94,16 +99,24 @@ class Engine:
         self.rounds_done = 0
         self.total_rounds = 0
         self._rollback = rollback
+        self._diagnostics_every = _checked_interval(diagnostics_every, graph)
+        self._diagnosing = False
         self._backend = Backend(find_device(device, [p.module for p in graph.levels]), _PRECISIONS[precision])
         for problem in graph.levels:
             problem.module.to(self._backend.device)
             move_optimizer(problem.optimizer, self._backend.device)
         self._levels = {
-            p.name: Level(p.name, p.module, p.loss, graph.reads(p.name), graph.structure.reads[p.name])
+            p.name: Level(
+                p.name, p.module, p.loss, graph.reads(p.name), graph.structure.reads[p.name], p.hyperparameters
+            )
             for p in graph.levels
         }
         self._states = {p.name: LevelState(p, self._levels[p.name], self._backend, seed) for p in graph.levels}
-        self._context = Context(graph.structure, {p.name: p.hypergradient for p in graph.levels})
+        self._context = Context(
+            graph.structure,
+            {p.name: p.hypergradient for p in graph.levels},
+            {p.name: p.start for p in graph.levels if p.start is not None},
+        )
         self._journal = Journal()
         self._tallies: dict[str, list[Tensor | float]] = {}
         self._script: Script | None = None  # of a check
@@ -288,8 +301,10 @@ class Engine:
     def _play_round(self) -> dict[str, float]:
         started = time.perf_counter()
         self._tallies = {}
+        self._diagnosing = self._diagnostics_every is not None and self.rounds_done % self._diagnostics_every == 0
         with self._at_work():
             for name in self.graph.structure.tops:
+                self._begin(name)
                 for _ in range(self.graph[name].steps):
                     self._take_step(name)
         self.rounds_done += 1
@@ -309,9 +324,12 @@ class Engine:
             reuses: keep the calls of other levels' modules for the step's products.
         """
         inside = self.graph.structure.inside[name]
+        diagnosed = bool(inside) and self._diagnosing and f"{name}.hypergradient_cosine" not in self._tallies
         with self._restored(inside if self._rollback else ()):
-            solve = self._solve(name, repeatable=repeatable)
-            found, step = self._sweep(name, solve, recorded=recorded, moves_buffers=True, reuses=reuses)
+            solve = self._solve(name, repeatable=repeatable or diagnosed)
+            found, step = self._sweep(
+                name, solve, recorded=recorded, moves_buffers=True, reuses=reuses, diagnosed=diagnosed
+            )
         state = self._states[name]
         self._tally(name, found)
         if name in self.graph.structure.tops:  # its sweep is done, and with it all records
@@ -325,6 +343,15 @@ class Engine:
             self._solve(name, repeatable=False)
         return step
 
+    def _begin(self, name: str) -> Weights | None:
+        """Put a level where its solve begins; return the variables of the level that it starts from, if any."""
+        start = self.graph[name].start
+        if start is None:
+            return None
+        began = self._world()[start]
+        self._states[name].restart(began.tensors)
+        return began
+
     def _solve(self, name: str, *, repeatable: bool) -> Solve | None:
         structure = self.graph.structure
         if not structure.inside[name]:
@@ -333,31 +360,39 @@ class Engine:
             self._script.begin_solve([self._states[q].snapshot for q in structure.inside[name]])
         solve = Solve(name, self._world())
         for q in structure.members[name]:
-            depth = self.graph[q].hypergradient.recorded_steps
-            wanted = repeatable or depth != 0
+            estimator, num = self.graph[q].hypergradient, self.graph[q].steps
+            wanted = estimator.recorded_steps
+            depth = num if repeatable or wanted is None else min(wanted, num)
+            segment = math.ceil(math.sqrt(depth)) if estimator.recomputes and depth else 1
             steps: list[Step] = []
-            for index in range(self.graph[q].steps):
-                newest = index == self.graph[q].steps - 1
-                reuses = depth != 0 and newest and not structure.inside[q]
-                step = self._take_step(q, recorded=wanted, repeatable=wanted, reuses=reuses)
+            start = self._begin(q)
+            for index in range(num):
+                recorded = index >= num - depth
+                reuses = wanted != 0 and index == num - 1 and not structure.inside[q]
+                step = self._take_step(q, recorded=recorded, repeatable=recorded, reuses=reuses)
                 if step is not None:
-                    steps.append(step)
-                if not repeatable and depth is not None:
-                    del steps[: max(0, len(steps) - depth)]
+                    steps.append(step.thinned() if len(steps) % segment else step)
             final = self._solve(q, repeatable=repeatable)
-            solve.members.append(Member(q, steps, final))
+            solve.members.append(Member(q, steps, final, start, depth == num))
         solve.end = self._world()
         return solve
 
     def _sweep(
-        self, name: str, solve: Solve | None, *, recorded: bool, moves_buffers: bool, reuses: bool = False
+        self,
+        name: str,
+        solve: Solve | None,
+        *,
+        recorded: bool,
+        moves_buffers: bool,
+        reuses: bool = False,
+        diagnosed: bool = False,
     ) -> tuple[Gradients, Step | None]:
         state = self._states[name]
         world = self._world()
         call = self._next_call(name, world, recorded=recorded)
         attached = self.graph.structure.reads[name]
         reuses = reuses and self._backend.autocast is None  # products are not taken in lower precision
-        calls = Calls(self._backend.device) if reuses and attached else None
+        calls = Calls(self._backend.device) if reuses and attached and len(call.parts) == 1 else None
         found = sweep(
             self._context,
             call,
@@ -370,15 +405,20 @@ class Engine:
             journal=self._journal,
             scale=state.scale.value,
         )
+        if diagnosed and solve is not None:
+            self._journal.figures += diagnose(self._context, call, solve, world, found)
+        options = call.hyperparameters({n: w.tensors for n, w in world.items() if not w.live})
+        state.set_hyperparameters(options)
         if self._script is not None:
             self._script.observe(self.graph[name], self._levels[name].variables.parameters, found.of[name])
         if not recorded:
             return found, None
         problem, gradient = self.graph[name], found.of[name]
-        update = Update.capture(problem.optimizer, self._levels[name].variables.parameters, gradient, problem.clip_norm)
-        return found, Step(self._context, call, world, gradient, update, solve, calls)
+        parameters = self._levels[name].variables.parameters
+        update = Update.capture(problem.optimizer, parameters, gradient, problem.clip_norm, options)
+        return found, Step(self._context, call, world, gradient, update, solve, calls, scale=state.scale.value)
 
-    def _next_call(self, name: str, world: World, *, recorded: bool) -> LossCall:
+    def _next_call(self, name: str, world: World, *, recorded: bool) -> Call:
         """Return the loss of a level's next step: on a new batch, or the one that a script has written down."""
         if self._script is not None and self._script.repeating:
             return self._script.next_call()
@@ -390,6 +430,7 @@ class Engine:
     def _approach(self, name: str, members: Sequence[str]) -> None:
         """Play the steps that come before the next step of `name`; the solve inside it comes next."""
         for q in members:
+            self._begin(q)
             if q == name:
                 return
             if name in self.graph.structure.inside[q]:
@@ -522,7 +563,8 @@ class Engine:
                     stack.enter_context(level.buffers.watched())
                     stack.enter_context(level.buffers.held())
                 call = state.next_call(self._levels, self._progress(), self._backend, recorded=False)
-                loss = call.evaluate(autocast=True, accessed=accessed).loss
+                call.hyperparameters({}, accessed=accessed)
+                loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
                 self.graph.check_reads(name, sorted(accessed))
                 if not loss.requires_grad:
                     raise GraphError(
@@ -550,6 +592,22 @@ class Engine:
         """Whatever the caller's grad mode, compute with gradients; give the caller's generators back unchanged."""
         with torch.inference_mode(False), torch.enable_grad(), isolated(self._backend.device):
             yield
+
+
+def _checked_interval(interval: int | None, graph: Graph) -> int | None:
+    if interval is None:
+        return None
+    if type(interval) is not int or interval < 1:
+        raise MloError(f"diagnostics_every: expected a whole number of at least 1, or None; found {interval!r}")
+    for problem in graph.levels:
+        inner = any(problem.name in graph.structure.inside[p.name] for p in graph.levels)
+        if inner and not has_update_rule(problem.optimizer):
+            raise GraphError(
+                f"diagnostics_every: expected optimizers whose steps can be differentiated; found "
+                f"{type(problem.optimizer).__name__} in level {problem.name!r}. Teach its update with "
+                f"mlo.register_optimizer, or leave the diagnostics out."
+            )
+    return interval
 
 
 def _mean(name: str, values: Sequence[Tensor | float]) -> float:

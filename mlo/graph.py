@@ -57,6 +57,7 @@ class Graph:
         self.structure = Structure([p.name for p in self.levels], attached)
         self._check_influence()
         self._check_parameters()
+        self._check_starts()
         self._check_estimators()
 
     def __getitem__(self, name: str) -> Problem:
@@ -92,7 +93,7 @@ class Graph:
             GraphError: naming the unused edge.
         """
         for source in self.reads(name):
-            if source not in accessed:
+            if source not in accessed and source != self[name].start:
                 raise GraphError(
                     f"edge {source!r} -> {name!r}: expected the loss of {name!r} to read levels.{source}; one call of "
                     f"it read {', '.join(sorted(accessed)) or 'nothing'}. Remove the edge, or read the level."
@@ -176,6 +177,27 @@ class Graph:
         if not any(id(p) in owned for p in held):
             raise GraphError(f"{where}: expected it to hold the level's trainable parameters; found none of them.")
 
+    def _check_starts(self) -> None:
+        for problem in self.levels:
+            if problem.start is None:
+                continue
+            where = f"level {problem.name!r}, start"
+            self.check_name(problem.start, where)
+            if problem.start not in self.reads(problem.name):
+                raise GraphError(
+                    f"{where}: expected an edge from {problem.start!r}, whose variables it begins at; found none. "
+                    f"Declare mlo.Edge({problem.start!r}, {problem.name!r})."
+                )
+            here, there = (
+                [(tuple(p.shape), p.dtype) for p in level.module.parameters() if p.requires_grad]
+                for level in (problem, self[problem.start])
+            )
+            if here != there:
+                raise GraphError(
+                    f"{where}: expected the same trainable parameters as level {problem.start!r}; found "
+                    f"{_parameters(here)} here and {_parameters(there)} there. Build both from one module class."
+                )
+
     def _check_estimators(self) -> None:
         for problem in self.levels:
             uppers = [p for p in self.levels if problem.name in self.structure.inside[p.name]]
@@ -190,9 +212,17 @@ class Graph:
                     f"the optimizer, teach its update with mlo.register_optimizer, or choose an estimator that does "
                     f"not need it."
                 )
-            if uppers and implicit:
+            if uppers and implicit and not problem.hypergradient.needs_update_rule:
+                determined = {"weight_decay": 1.0} if "weight_decay" in problem.hyperparameters else {}
                 for group in problem.optimizer.param_groups:
                     try:
-                        coupled_weight_decay(type(problem.optimizer), group)
+                        coupled_weight_decay(type(problem.optimizer), {**group, **determined})
                     except MloError as error:
                         raise GraphError(f"level {problem.name!r}, {problem.hypergradient!r}: {error}") from error
+
+
+def _parameters(found: Sequence[tuple[tuple[int, ...], object]]) -> str:
+    """Describe parameters in an error."""
+    shown = ", ".join(f"{shape}" for shape, _ in found[:4])
+    kinds = " and ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in found}))
+    return f"{len(found)} of shapes {shown}{', ...' if len(found) > 4 else ''} in {kinds}"

@@ -11,8 +11,8 @@ Optimizers of one's own are taught by `register_optimizer`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def sgd(
     """`torch.optim.SGD`: momentum, dampening, Nesterov and coupled weight decay (Sutskever et al. 2013)."""
     gradient = _coupled(weights, gradient, options)
     new_state: dict[str, Tensor] = {}
-    if options["momentum"]:
+    if _acts(options["momentum"]):
         buffer = state.get("momentum_buffer")
         if buffer is not None:
             buffer = options["momentum"] * buffer + (1 - options["dampening"]) * gradient
@@ -119,7 +119,7 @@ _COUPLED = (
 )  # fmt: skip
 
 
-def coupled_weight_decay(optimizer: type[Optimizer], options: Mapping[str, Any]) -> float:
+def coupled_weight_decay(optimizer: type[Optimizer], options: Mapping[str, Any]) -> float | Tensor:
     """Return the weight decay that an optimizer adds to the gradient, and so to the objective that it minimizes.
 
     Args:
@@ -129,14 +129,15 @@ def coupled_weight_decay(optimizer: type[Optimizer], options: Mapping[str, Any])
     Raises:
         MloError: the group decays weights, and it is not known how.
     """
-    decay = float(options.get("weight_decay", 0.0))
-    if not decay or options.get("decoupled_weight_decay") or issubclass(optimizer, _DECOUPLED):
+    decay: float | Tensor = options.get("weight_decay", 0.0)
+    if not _acts(decay) or options.get("decoupled_weight_decay") or issubclass(optimizer, _DECOUPLED):
         return 0.0
     if issubclass(optimizer, _COUPLED):
         return decay
     raise MloError(
-        f"{optimizer.__name__}: expected an optimizer of torch.optim, or weight_decay=0; found weight_decay={decay:g}, "
-        f"which may or may not be part of the objective. Write the decay into the loss instead."
+        f"{optimizer.__name__}: expected an optimizer of torch.optim, or weight_decay=0; found "
+        f"weight_decay={float(decay):g}, which may or may not be part of the objective. Write the "
+        f"decay into the loss instead."
     )
 
 
@@ -158,6 +159,22 @@ class _Bucket:
     options: Mapping[str, Any]
 
 
+class UpdateCotangents(NamedTuple):
+    """Cotangents of what an optimizer step was given.
+
+    Attributes:
+        weights: of those before the step.
+        gradient: of the gradient before clipping; None where there was none.
+        state: of the optimizer state before the step.
+        hyperparameters: of the options that other levels determine.
+    """
+
+    weights: Tensors
+    gradient: Gradient
+    state: OptimizerState
+    hyperparameters: Mapping[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Update:
     """One optimizer step of one level: clipping, then the optimizer's rule with the options in force at that step.
@@ -168,6 +185,7 @@ class Update:
     Attributes:
         optimizer: the optimizer's class.
         state: the optimizer's state just before the step.
+        hyperparameters: options of all parameter groups that other levels determine, to be differentiated.
     """
 
     optimizer: type[Optimizer]
@@ -175,10 +193,16 @@ class Update:
     buckets: tuple[_Bucket, ...]
     clip_norm: float | None
     state: OptimizerState
+    hyperparameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def capture(
-        cls, optimizer: Optimizer, parameters: Sequence[Tensor], gradient: Gradient, clip_norm: float | None
+        cls,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        gradient: Gradient,
+        clip_norm: float | None,
+        hyperparameters: Mapping[str, Tensor] | None = None,
     ) -> Update:
         """Describe the step that `optimizer` is about to take with `gradient`; copies its state."""
         index = {id(p): i for i, p in enumerate(parameters)}
@@ -202,7 +226,8 @@ class Update:
                     by_kind.setdefault(kind, []).append(i)
             buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]
         own_class = type(optimizer)
-        return cls(own_class, _RULES.get(own_class, _no_rule(own_class)), tuple(buckets), clip_norm, tuple(state))
+        rule = _RULES.get(own_class, _no_rule(own_class))
+        return cls(own_class, rule, tuple(buckets), clip_norm, tuple(state), hyperparameters or {})
 
     def apply(self, weights: Tensors, gradient: Gradient, state: OptimizerState) -> tuple[Tensors, OptimizerState]:
         """Take the step again, differentiably, from any weights, gradient and state."""
@@ -217,6 +242,11 @@ class Update:
                 new_state[i] = {name: tensors[position] for name, tensors in pieces.items()}
         return tuple(new_weights), tuple(new_state)
 
+    def following(self) -> Update:
+        """Return the same update one step later, from a state that this one left."""
+        later = tuple(replace(b, options={**b.options, "step": b.options["step"] + 1}) for b in self.buckets)
+        return replace(self, buckets=later)
+
     def pull_back(
         self,
         weights: Tensors,
@@ -225,7 +255,7 @@ class Update:
         state_cotangent: OptimizerState | None,
         *,
         create_graph: bool = False,
-    ) -> tuple[Tensors, Gradient, OptimizerState]:
+    ) -> UpdateCotangents:
         """Pull cotangents of the new weights and the new state back through the step.
 
         Args:
@@ -234,20 +264,18 @@ class Update:
             cotangent: of the new weights.
             state_cotangent: of the new state, or None for zero.
             create_graph: keep the result differentiable.
-
-        Returns:
-            The cotangents of the weights, of the gradient and of the state before the step.
         """
         with torch.enable_grad():
             w = tuple(alias(t, create_graph=create_graph) for t in weights)
             g = tuple(None if t is None else alias(t, create_graph=create_graph) for t in gradient)
             s = tuple({name: alias(t, create_graph=create_graph) for name, t in own.items()} for own in self.state)
-            new_w, new_s = self.apply(w, g, s)
+            h = {name: alias(t, create_graph=create_graph) for name, t in self.hyperparameters.items()}
+            new_w, new_s = replace(self, hyperparameters=h).apply(w, g, s)
         outputs, cotangents = list(new_w), list(cotangent)
         for i, own in enumerate(state_cotangent or ()):
             outputs += [new_s[i][name] for name in own]
             cotangents += own.values()
-        inputs = [*w, *(t for t in g if t is not None), *(t for own in s for t in own.values())]
+        inputs = [*w, *(t for t in g if t is not None), *(t for own in s for t in own.values()), *h.values()]
         # A parameter that the step leaves alone is its own output.
         grads = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, create_graph=create_graph))
 
@@ -257,18 +285,23 @@ class Update:
 
         a_w = tuple(following(t) for t in w)
         a_g = tuple(None if t is None else following(t) for t in g)
-        return a_w, a_g, tuple({name: following(t) for name, t in own.items()} for own in s)
+        a_s = tuple({name: following(t) for name, t in own.items()} for own in s)
+        return UpdateCotangents(a_w, a_g, a_s, {name: following(t) for name, t in h.items()})
 
-    def penalties(self) -> dict[int, tuple[float, float]]:
-        """Return what makes the level's loss L_p the objective F_p that the step minimizes.
+    def signs(self) -> dict[int, float]:
+        """Return, for each parameter that the step moves, 1, or -1 where the optimizer maximizes."""
+        return {i: -1.0 if b.options.get("maximize") else 1.0 for b in self.buckets for i in b.indices}
 
-        For each parameter that the step moves, (sign, decay): the gradient of F_p is sign * dL_p/dw + decay * w, with
-        the optimizer's coupled weight decay, and a sign of -1 where it maximizes.
+    def decays(self) -> dict[int, float | Tensor]:
+        """Return the coupled weight decay of each parameter that the step moves.
+
+        With `signs` it makes the level's loss L_p the objective F_p that the step minimizes: the gradient of F_p is
+        sign * dL_p/dw + decay * w.
         """
         return {
-            i: (-1.0 if bucket.options.get("maximize") else 1.0, coupled_weight_decay(self.optimizer, bucket.options))
-            for bucket in self.buckets
-            for i in bucket.indices
+            i: coupled_weight_decay(self.optimizer, {**b.options, **self.hyperparameters})
+            for b in self.buckets
+            for i in b.indices
         }
 
     def _rule(
@@ -278,7 +311,8 @@ class Update:
         names = state[ids[0]].keys()
         flat_state = {name: _flat([state[i][name] for i in ids]) for name in names}
         grads = [g for i in ids if (g := gradient[i]) is not None]
-        return self.rule(_flat([weights[i] for i in ids]), _flat(grads), flat_state, bucket.options)
+        options = {**bucket.options, **self.hyperparameters}
+        return self.rule(_flat([weights[i] for i in ids]), _flat(grads), flat_state, options)
 
 
 def clip(gradient: Gradient, clip_norm: float | None) -> Gradient:
@@ -291,7 +325,12 @@ def clip(gradient: Gradient, clip_norm: float | None) -> Gradient:
 
 def _coupled(weights: Tensor, gradient: Tensor, options: Mapping[str, Any]) -> Tensor:
     gradient = -gradient if options["maximize"] else gradient
-    return gradient + options["weight_decay"] * weights if options["weight_decay"] else gradient
+    return gradient + options["weight_decay"] * weights if _acts(options["weight_decay"]) else gradient
+
+
+def _acts(value: float | Tensor) -> bool:
+    """Whether an option takes effect; one that is differentiated does, even at zero."""
+    return isinstance(value, Tensor) or bool(value)
 
 
 def _kept(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -16,6 +16,10 @@ from mlo.levels import Levels, Output
 
 Loss = Callable[[Levels, Any], Tensor | Output]
 """`loss(levels, batch)`: pure; reads the levels through `levels.NAME` and returns a scalar tensor or an `Output`."""
+
+
+Hyperparameter = Callable[[Levels], Tensor]
+"""`function(levels)`: an option of a level's optimizer, such as `lambda levels: levels.rates.log_lr.exp()`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,14 @@ class Problem:
         scheduler: a learning-rate scheduler over `optimizer`, advanced once per optimizer step.
         clip_norm: largest Euclidean norm of the gradient that the optimizer sees, as `clip_grad_norm_`; None for no
             limit.
+        micro_batches: batches of `data` that make up one step's loss, which is the mean of theirs; each is run through
+            the network on its own, so that a step needs the memory of one (gradient accumulation).
+        start: name of a level whose variables are where this level begins: before the first of its `steps` its
+            variables are set to them, and its optimizer is as new (MAML's initialization). The two modules have the
+            same parameters, and an edge from that level to this one declares the dependency.
+        hyperparameters: options of the optimizer that other levels determine: option name -> function of `levels`
+            (those that this level reads) that returns it as a tensor of one number ("betas": of shape (2,)), for all
+            parameter groups. Evaluated before every step, and differentiated.
 
     Raises:
         GraphError: an argument is of the wrong type or out of range.
@@ -59,6 +71,9 @@ class Problem:
     steps: int = 1
     scheduler: LRScheduler | None = None
     clip_norm: float | None = None
+    micro_batches: int = 1
+    start: str | None = None
+    hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         usable = isinstance(self.name, str) and self.name.isidentifier() and not self.name.startswith("_")
@@ -79,6 +94,11 @@ class Problem:
             _is(self.hypergradient, Hypergradient),
         )
         self._expect("steps", "a whole number of at least 1", type(self.steps) is int and self.steps >= 1)
+        self._expect(
+            "micro_batches", "a whole number of at least 1", type(self.micro_batches) is int and self.micro_batches >= 1
+        )
+        self._expect("start", "the name of a level, or None", _is(self.start, str, type(None)))
+        self._check_hyperparameters()
         self._expect("scheduler", "a learning-rate scheduler, or None", _is(self.scheduler, LRScheduler, type(None)))
         self._expect("scheduler", "one that steps without a metric", not _is(self.scheduler, ReduceLROnPlateau))
         self._expect(
@@ -89,6 +109,26 @@ class Problem:
         if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
             raise GraphError(
                 f"level {self.name!r}: its scheduler drives another optimizer; build it over this level's own"
+            )
+
+    def _check_hyperparameters(self) -> None:
+        self._expect(
+            "hyperparameters",
+            "a mapping of the optimizer's options to functions of `levels`",
+            isinstance(self.hyperparameters, Mapping) and all(map(callable, self.hyperparameters.values())),
+        )
+        options = self.optimizer.param_groups[0]
+        usable = [key for key, value in options.items() if key == "betas" or type(value) in (int, float)]
+        for name in self.hyperparameters:
+            if name not in usable:
+                raise GraphError(
+                    f"level {self.name!r}, hyperparameter {name!r}: expected a number among the options of "
+                    f"{type(self.optimizer).__name__}: {', '.join(usable)}"
+                )
+        if self.scheduler is not None and {"lr", "momentum", "betas"} & self.hyperparameters.keys():
+            raise GraphError(
+                f"level {self.name!r}: its scheduler and its hyperparameters both set the optimizer's options; let the "
+                f"function read levels.progress instead of having a scheduler"
             )
 
     def _expect(self, argument: str, expected: str, holds: bool) -> None:

@@ -8,12 +8,11 @@ of them move would measure something else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Gradient, LossCall
+from mlo.autodiff import Call, Gradient
 from mlo.levels import Tensors
 from mlo.optimizers import Update
 from mlo.problem import Problem
@@ -31,7 +30,7 @@ class Script:
         self.repeating = False
         self.gradients: dict[str, list[Tensor]] = {name: [] for name in observed}
         self._starts: list[list[Callable[[], None]]] = []
-        self._calls: list[LossCall] = []
+        self._calls: list[Call] = []
         self._buffers: list[list[tuple[dict[str, Tensor | None], str, Tensor]]] = []
         self._position = [0, 0]  # solves and calls played
 
@@ -53,7 +52,7 @@ class Script:
         else:
             self._starts.append([snapshot() for snapshot in snapshots])
 
-    def record(self, call: LossCall, world: World) -> None:
+    def record(self, call: Call, world: World) -> None:
         """Write down a loss call: its buffers, and the values that it reads through detached edges."""
         level = call.levels[call.level]
         constants = {
@@ -64,9 +63,9 @@ class Script:
         self._buffers.append(
             [(p._buffers, k, b.clone()) for p in parts for k, b in p._buffers.items() if b is not None]
         )
-        self._calls.append(replace(call, constants=constants))
+        self._calls.append(call.holding(constants))
 
-    def next_call(self) -> LossCall:
+    def next_call(self) -> Call:
         """Return the next loss call as it was written down, with the buffers as they were."""
         for container, key, buffer in self._buffers[self._position[1]]:
             container[key] = buffer.clone()
@@ -76,10 +75,11 @@ class Script:
     def observe(self, problem: Problem, variables: Tensors, gradient: Gradient) -> None:
         """Keep the gradient of a level's objective, its optimizer's coupled weight decay included."""
         if problem.name in self.gradients:
-            penalties = Update.capture(problem.optimizer, variables, gradient, None).penalties()
+            update = Update.capture(problem.optimizer, variables, gradient, None)
+            signs, decays = update.signs(), update.decays()
             pieces = [
-                (sign * g + decay * variables[i].detach()).reshape(-1)
-                for i, (sign, decay) in penalties.items()
+                (signs[i] * g + decays[i] * variables[i].detach()).reshape(-1)
+                for i in signs
                 if (g := gradient[i]) is not None
             ]
             self.gradients[problem.name].append(torch.cat(pieces) if pieces else torch.zeros(1))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlo.autodiff import Backend, Gradient, Level, LossCall
-from mlo.errors import CheckpointError
+from mlo.autodiff import Backend, Call, Gradient, Level, LossCall, MeanCall
+from mlo.errors import CheckpointError, DivergenceError
+from mlo.levels import Tensors
 from mlo.optimizers import clip
 from mlo.problem import Problem
 from mlo.randomness import random_key
@@ -59,19 +60,47 @@ class LevelState:
         self.scale = LossScale(active=backend.autocast == torch.float16)
         self.steps_taken = 0
 
-    def next_call(self, levels: dict[str, Level], progress: float, backend: Backend, *, recorded: bool) -> LossCall:
-        """Draw a batch and return the loss on it, with the random draws of the level's next step.
+    def next_call(self, levels: dict[str, Level], progress: float, backend: Backend, *, recorded: bool) -> Call:
+        """Draw a batch, or several, and return the loss on it, with the random draws of the level's next step.
 
         Args:
             levels: all levels.
             progress: fraction of the run.
             backend: device and precision.
-            recorded: whether the call will be repeated, and must find the buffers as they are now.
+            recorded: whether the call will be repeated, and must find the buffers as the step finds them.
         """
-        key = random_key(self.stream.seed, self.problem.name, "step", self.steps_taken)
-        read = (self.problem.name, *self.level.reads) if recorded else ()
-        buffers = {name: levels[name].buffers.copies() for name in read}
-        return LossCall(self.problem.name, levels, self.stream.next(), key, progress, backend, buffers)
+
+        def part(*index: int) -> LossCall:
+            key = random_key(self.stream.seed, self.problem.name, "step", self.steps_taken, *index)
+            return LossCall(self.problem.name, levels, self.stream.next(), key, progress, backend, recorded)
+
+        num = self.problem.micro_batches
+        return part() if num == 1 else MeanCall(tuple(part(index) for index in range(num)))
+
+    @torch.no_grad()
+    def restart(self, tensors: Tensors) -> None:
+        """Begin anew at other values of the variables, with a new optimizer state."""
+        if self.weights.recorded:
+            self.weights.materialize()
+        for p, t in zip(self.level.variables.parameters, tensors, strict=True):
+            p.copy_(t)
+        self.problem.optimizer.state.clear()
+        self.weights = Weights(self.level.variables.parameters, live=True)
+
+    def set_hyperparameters(self, values: Mapping[str, Tensor]) -> None:
+        """Give the optimizer the options that other levels determine.
+
+        Raises:
+            DivergenceError: one is not finite.
+        """
+        for name, value in values.items():
+            numbers = value.tolist()
+            if not bool(torch.isfinite(value).all()):
+                raise DivergenceError(
+                    f"level {self.problem.name!r}, hyperparameter {name!r}: expected a finite number; found {numbers}"
+                )
+            for group in self.problem.optimizer.param_groups:
+                group[name] = tuple(numbers) if isinstance(numbers, list) else numbers
 
     def take_step(self, gradient: Gradient) -> None:
         """Step optimizer and scheduler with a gradient, clipped; keep the present version if a record needs it."""

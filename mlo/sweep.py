@@ -23,10 +23,10 @@ from typing import Any, Protocol
 
 import torch
 
-from mlo.autodiff import Gradient, Gradients, LossCall, add, alias, dense, inner_product, norm
+from mlo.autodiff import Call, Gradient, Gradients, add, alias, dense, inner_product, norm
 from mlo.calls import Calls
 from mlo.levels import Tensors
-from mlo.optimizers import OptimizerState, Update
+from mlo.optimizers import OptimizerState, Update, UpdateCotangents
 from mlo.structure import Structure
 
 
@@ -102,10 +102,12 @@ class Context:
     Attributes:
         structure: the order of the levels.
         estimators: of each level.
+        starts: by level, the level whose variables its solves begin at.
     """
 
     structure: Structure
     estimators: Mapping[str, Estimator]
+    starts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,20 @@ class Step:
         inner: the solve of the levels inside this one that came before the step, if any.
         calls: kept calls of other levels' modules, usable while those levels stand still.
         create_graph: whether the step was repeated differentiably and its derivatives must be differentiable too.
+        scale: of the loss in the backward pass.
+        thin: whether the level's own weights, gradient and optimizer state are left out, to be recomputed.
     """
 
     context: Context
-    call: LossCall
+    call: Call
     world: World
     gradient: Gradient
     update: Update
     inner: Solve | None = None
     calls: Calls | None = None
     create_graph: bool = False
+    scale: float = 1.0
+    thin: bool = False
 
     @property
     def level(self) -> str:
@@ -141,17 +147,31 @@ class Step:
         """The level's variables just before the step."""
         return self.world[self.level].tensors
 
-    def pull_back_update(
-        self, cotangent: Tensors, state_cotangent: OptimizerState | None = None
-    ) -> tuple[Tensors, Gradient, OptimizerState]:
+    def pull_back_update(self, cotangent: Tensors, state_cotangent: OptimizerState | None = None) -> UpdateCotangents:
         """Pull cotangents of the weights and optimizer state after the step back through the optimizer (and clipping).
 
         Returns:
-            The cotangents of the weights, of the gradient and of the optimizer state before the step.
+            The cotangents of what the optimizer was given: weights, gradient, optimizer state, hyperparameters.
         """
         return self.update.pull_back(
             self.weights, self.gradient, cotangent, state_cotangent, create_graph=self.create_graph
         )
+
+    def pull_back_hyperparameters(
+        self, cotangents: Mapping[str, torch.Tensor], targets: Sequence[str]
+    ) -> dict[str, Tensors]:
+        """Pull cotangents of the optimizer's options back onto the levels that determine them.
+
+        Args:
+            cotangents: by option; none give an empty result.
+            targets: levels whose cotangents are wanted.
+        """
+        if not cotangents or not targets:
+            return {}
+        values = {name: w.tensors for name, w in self.world.items() if not w.live}
+        call = self.call.along_hyperparameters(cotangents)
+        found = call.gradients(values, targets, create_graph=self.create_graph)
+        return {q: dense(found.of[q], self.world[q].tensors) for q in targets}
 
     def product(self, direction: Gradient, targets: Sequence[str]) -> dict[str, Tensors]:
         """Return, for each level of `targets`, d/dw_q <dF_p/dw_p, direction>, exactly, by double backward.
@@ -169,6 +189,9 @@ class Step:
         Yields:
             A function of (direction, targets, create_graph=False) as `product`; its targets are among those given here.
         """
+        if self.inner is None and len(self.call.parts) > 1:
+            yield self._mean_product
+            return
         values = self._values(targets, self.weights)
         inputs = self._inputs(values, targets)
         kept = self._kept
@@ -193,6 +216,17 @@ class Step:
 
             yield product
 
+    def _mean_product(
+        self, direction: Gradient, targets: Sequence[str], *, create_graph: bool = False
+    ) -> dict[str, Tensors]:
+        """Make the product one micro-batch at a time: the graphs of all of them at once may not fit."""
+        total = {q: tuple(torch.zeros_like(t) for t in self.world[q].tensors) for q in targets}
+        for part in self.call.parts:
+            with replace(self, call=part).second_order(targets) as product:
+                found = product(direction, targets, create_graph=create_graph)
+            total = {q: tuple(a + b for a, b in zip(total[q], found[q], strict=True)) for q in targets}
+        return {q: tuple(t / len(self.call.parts) for t in tensors) for q, tensors in total.items()}
+
     def difference(self, direction: Gradient, targets: Sequence[str], radius: float) -> dict[str, Tensors]:
         """Return what `product` returns, by central differences of dF_p/dw_q at w_p +- radius * v / norm(v).
 
@@ -201,21 +235,41 @@ class Step:
         """
         size = norm(direction)
         length = radius / torch.where(size > 0, size, radius)
-        sides: list[Gradient] = []
-        inputs: dict[str, Tensors] = {}
-        for sign in (1.0, -1.0):
-            moved = tuple(
+
+        def side(sign: float) -> Tensors:
+            return tuple(
                 w if d is None else w + (sign * length).to(w.dtype) * d
                 for w, d in zip(self.weights, direction, strict=True)
             )
-            values = self._values(targets, moved)
+
+        change = self.change(side(-1.0), side(1.0), targets)
+        return {q: tuple(t / (2 * length).to(t.dtype) for t in tensors) for q, tensors in change.items()}
+
+    def change(self, before: Tensors, after: Tensors, targets: Sequence[str]) -> dict[str, Tensors]:
+        """Return dF_p/dw_q at w_p = `after` less that at w_p = `before`, for each level q of `targets`.
+
+        First derivatives only, at any depth.
+        """
+        sides: list[Gradient] = []
+        inputs: dict[str, Tensors] = {}
+        for weights in (before, after):
+            values = self._values(targets, weights)
             inputs = self._inputs(values, targets)
             with self._total(values, targets) as found:
                 sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
-        slope = tuple(
-            None if p is None or m is None else (p - m) / (2 * length).to(p.dtype) for p, m in zip(*sides, strict=True)
-        )
-        return self._split(slope, inputs)
+        change = tuple(None if a is None or b is None else a - b for b, a in zip(*sides, strict=True))
+        return self._split(change, inputs)
+
+    def gradient_at(self, weights: Tensors) -> Gradient:
+        """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient."""
+        with self._total(self._values((), weights), [self.level]) as found:
+            return _like(self.gradient, found.of[self.level], weights)
+
+    def thinned(self) -> Step:
+        """Return the step without what `restored` can recompute."""
+        gradient = tuple(None if g is None else g.new_empty(0) for g in self.gradient)
+        world = {**self.world, self.level: Weights(())}
+        return replace(self, world=world, gradient=gradient, update=replace(self.update, state=()), thin=True)
 
     def is_current(self, level: str, end: World) -> bool:
         """Return whether the step read the version of `level` that its solve ended with."""
@@ -284,11 +338,15 @@ class Member:
         level: the level.
         steps: its recorded steps, oldest first.
         final: the solve of the levels inside it that came after the last step, if any.
+        start: the variables of the level that it started from, if any.
+        complete: whether all its steps are recorded.
     """
 
     level: str
     steps: Sequence[Step] = ()
     final: Solve | None = None
+    start: Weights | None = None
+    complete: bool = True
 
 
 @dataclass
@@ -306,14 +364,14 @@ class Solve:
     members: list[Member] = field(default_factory=list)
     end: World = field(default_factory=dict)
 
-    def steps_of(self, level: str) -> Sequence[Step]:
-        """Return the recorded steps that led to the level's variables at the end of the solve, oldest first."""
+    def member(self, level: str) -> Member | None:
+        """Return what led to the level's variables at the end of the solve."""
         for member in self.members:
             if member.level == level:
-                return member.steps
-            if member.final is not None and (steps := member.final.steps_of(level)):
-                return steps
-        return ()
+                return member
+            if member.final is not None and (found := member.final.member(level)) is not None:
+                return found
+        return None
 
 
 @dataclass(frozen=True)
@@ -327,6 +385,8 @@ class Response:
         end: the variables of all levels at the end of the solve.
         memory: what the estimator kept in the last round and keeps for the next (saved with the engine); a new, empty
             one where the response is differentiated within a nest.
+        start: the target whose variables the level began at, if it began at another level's as they are now.
+        complete: whether `steps` are all that were taken.
     """
 
     level: str
@@ -335,6 +395,8 @@ class Response:
     end: World
     memory: Memory = field(default_factory=dict)
     journal: Journal | None = None
+    start: str | None = None
+    complete: bool = True
 
     def report(self, name: str, value: torch.Tensor | float) -> None:
         """Report a figure of the estimator, as the metric LEVEL.NAME of the round."""
@@ -352,6 +414,14 @@ class Response:
         """
         return tuple(q for q in self.targets if step.is_current(q, self.end))
 
+    def backwards(self) -> Iterator[Step]:
+        """Go through the recorded steps, newest first; what a record left out is recomputed, a segment at a time."""
+        end = len(self.steps)
+        while end:
+            begin = max(index for index in range(end) if not self.steps[index].thin)
+            yield from reversed(restored(self.steps[begin:end]))
+            end = begin
+
     def last_step(self) -> Step:
         """Return the last recorded step, reading the targets as they are now."""
         step = self.steps[-1]
@@ -361,7 +431,7 @@ class Response:
 
 def sweep(
     context: Context,
-    call: LossCall,
+    call: Call,
     solve: Solve | None,
     world: World,
     wrt: Sequence[str],
@@ -412,12 +482,34 @@ def sweep(
         assert solve is not None
         targets = tuple(q for q in structure.responds_to[p] if q in wanted)
         memory = journal.memory.setdefault((level, p), {}) if journal is not None else {}
-        response = Response(p, targets, solve.steps_of(p), solve.end, memory, journal)
+        member, start = solve.member(p), context.starts.get(p)
+        assert member is not None
+        if start not in targets or member.start is not solve.end[start]:
+            start = None
+        response = Response(p, targets, member.steps, solve.end, memory, journal, start, member.complete)
         for q, c in context.estimators[p].pullback(dense(gradient, world[p].tensors), response).items():
             if q in targets:
                 total[q] = add(total[q], c) if q in total else tuple(c)
     none = {q: (None,) * len(world[q].tensors) for q in wrt if q not in total}
     return replace(direct, of={q: total[q] for q in wrt if q in total} | none)
+
+
+def restored(steps: Sequence[Step]) -> list[Step]:
+    """Recompute what thin steps left out.
+
+    Args:
+        steps: consecutive ones of one solve, the first of them not thin.
+    """
+    full = [steps[0]]
+    for step in steps[1:]:
+        before = full[-1]
+        with torch.no_grad():
+            after, state = before.update.apply(before.weights, before.gradient, before.update.state)
+        world = {**step.world, step.level: Weights(after)}
+        found = sweep(step.context, step.call, step.inner, world, [step.level], autocast=True, scale=step.scale)
+        gradient = _like(step.gradient, found.of[step.level], after)
+        full.append(replace(step, world=world, gradient=gradient, update=replace(step.update, state=state), thin=False))
+    return full
 
 
 def replay_solve(context: Context, solve: Solve, outer: World, *, create_graph: bool) -> Solve:
@@ -452,13 +544,18 @@ def _replay_member(context: Context, member: Member, now: dict[str, Weights], *,
     """Repeat a member's steps, and bring `now` up to date."""
     steps: list[Step] = []
     state: OptimizerState | None = None
+    start = context.starts.get(member.level)
+    began = None if start is None else now[start]
+    if began is not None:
+        now[member.level] = Weights(tuple(t.detach() for t in began.tensors) if began.live else began.tensors)
     for step in member.steps:
         repeated, after, state = _replay_step(context, step, now, state, create_graph=create_graph)
         steps.append(repeated)
         if repeated.inner is not None:
             now.update({q: repeated.inner.end[q] for q in context.structure.inside[member.level]})
         now[member.level] = Weights(after)
-    return Member(member.level, steps, _replay_final(context, member, now, create_graph=create_graph))
+    final = _replay_final(context, member, now, create_graph=create_graph)
+    return Member(member.level, steps, final, began, member.complete)
 
 
 def _replay_final(context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool) -> Solve | None:
@@ -524,14 +621,21 @@ def _replay_step(
         inner = replay_solve(context, step.inner, now, create_graph=create_graph)
         world.update({q: inner.end[q] for q in context.structure.inside[step.level]})
     found = sweep(context, step.call, inner, world, [step.level], create_graph=create_graph)
-    gradient = tuple(
-        None if recorded is None else torch.zeros_like(recorded) if g is None else g
-        for recorded, g in zip(step.gradient, found.of[step.level], strict=True)
-    )
-    update = step.update if state is None else replace(step.update, state=state)
     weights = now[step.level].tensors
+    gradient = _like(step.gradient, found.of[step.level], weights)
+    values = {name: w.tensors for name, w in world.items() if not w.live}
+    options = step.call.hyperparameters(values, create_graph=create_graph)
+    update = replace(step.update, state=step.update.state if state is None else state, hyperparameters=options)
     after, new_state = update.apply(weights, gradient, update.state)
     if not create_graph:
         after = tuple(t.detach() for t in after)
         new_state = tuple({name: t.detach() for name, t in own.items()} for own in new_state)
     return Step(context, step.call, world, gradient, update, inner, None, create_graph), after, new_state
+
+
+def _like(recorded: Gradient, gradient: Gradient, weights: Tensors) -> Gradient:
+    """Give a repeated gradient its zeros and Nones where the recorded one has them."""
+    return tuple(
+        None if r is None else torch.zeros_like(w) if g is None else g
+        for r, g, w in zip(recorded, gradient, weights, strict=True)
+    )

@@ -70,7 +70,7 @@ def test_the_pullback_is_the_derivative(kind, options, clip_norm):
     cotangent = gradients(8)
     _, after = update.apply(weights, gradient, update.state)
     state_cotangent = tuple({name: torch.ones_like(t) for name, t in s.items()} for s in after)
-    a_w, a_g, a_s = update.pull_back(weights, gradient, cotangent, state_cotangent)
+    a_w, a_g, a_s, _ = update.pull_back(weights, gradient, cotangent, state_cotangent)
 
     def value(w, g, s):
         new_w, new_s = update.apply(w, g, s)
@@ -105,14 +105,14 @@ def test_a_zero_gradient_gives_no_nan(kind):
     optimizer = kind(own, lr=0.1)
     gradient = tuple(torch.zeros_like(p) for p in own)
     update = Update.capture(optimizer, own, gradient, 1.0)
-    a_w, a_g, _ = update.pull_back(tuple(own), gradient, gradients(3), None)
+    a_w, a_g, *_ = update.pull_back(tuple(own), gradient, gradients(3), None)
     assert all(t.isfinite().all() for t in (*a_w, *a_g))
 
 
 def test_a_zero_learning_rate_gives_a_zero_gradient_cotangent():
     own = parameters()
     update = Update.capture(torch.optim.SGD(own, lr=0.0, momentum=0.9), own, gradients(1), None)
-    a_w, a_g, _ = update.pull_back(tuple(own), gradients(1), gradients(3), None)
+    a_w, a_g, *_ = update.pull_back(tuple(own), gradients(1), gradients(3), None)
     assert all((g == 0).all() for g in a_g)
     assert all(torch.equal(a, c) for a, c in zip(a_w, gradients(3), strict=True))
 
@@ -125,7 +125,7 @@ def test_the_pullback_is_linear(alpha, beta, seed, setting):
     update = Update.capture(kind(own, **options), own, gradients(seed), 1.0)
 
     def pull(cotangent):
-        a_w, a_g, _ = update.pull_back(tuple(own), gradients(seed), cotangent, None)
+        a_w, a_g, *_ = update.pull_back(tuple(own), gradients(seed), cotangent, None)
         return torch.cat([t.reshape(-1) for t in (*a_w, *a_g)])
 
     a, b = gradients(seed + 1), gradients(seed + 2)

@@ -9,6 +9,8 @@ from mlo.hypergradients.finite_difference import FiniteDifference
 from mlo.hypergradients.first_order import FirstOrder
 from mlo.hypergradients.neumann import Neumann
 from mlo.hypergradients.nystrom import Nystrom
+from mlo.hypergradients.penalty import Penalty
+from mlo.hypergradients.sama import SAMA
 from mlo.hypergradients.unroll import Unroll
 
 KINDS: Mapping[str, type[Hypergradient]] = MappingProxyType(
@@ -19,12 +21,15 @@ KINDS: Mapping[str, type[Hypergradient]] = MappingProxyType(
         "neumann": Neumann,
         "cg": ConjugateGradient,
         "nystrom": Nystrom,
+        "sama": SAMA,
+        "penalty": Penalty,
     }
 )
 """The estimators by the name that recipes call them."""
 
 __all__ = [
     "KINDS",
+    "SAMA",
     "Claim",
     "ConjugateGradient",
     "FiniteDifference",
@@ -32,5 +37,6 @@ __all__ = [
     "Hypergradient",
     "Neumann",
     "Nystrom",
+    "Penalty",
     "Unroll",
 ]

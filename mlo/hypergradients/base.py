@@ -44,6 +44,14 @@ class Hypergradient(abc.ABC):
         return True
 
     @property
+    def recomputes(self) -> bool:
+        """Whether `response.backwards()` is used, for which every sqrt(K)-th of K steps is recorded in full.
+
+        The others then lack weights, gradient and optimizer state in `response.steps`.
+        """
+        return False
+
+    @property
     def implicit(self) -> bool:
         """Whether the response counts as a function of its targets alone, rather than of the steps taken.
 

@@ -48,3 +48,14 @@ def check_number(estimator: object, name: str, *, allow_zero: bool, or_else: str
         kind = "a number of at least 0" if allow_zero else "a positive number"
         kind += f" or {or_else!r}" if or_else is not None else ""
         raise MloError(f"{type(estimator).__name__}: {name} must be {kind}; found {value!r}")
+
+
+def check_flag(estimator: object, name: str) -> None:
+    """Refuse an argument that is neither True nor False.
+
+    Raises:
+        MloError: it is not.
+    """
+    value = getattr(estimator, name)
+    if not isinstance(value, bool):
+        raise MloError(f"{type(estimator).__name__}: {name} must be True or False; found {value!r}")

@@ -14,6 +14,9 @@ from mlo.sweep import Response
 class FirstOrder(Hypergradient):
     """No indirect part: the level's best response counts as constant (first-order DARTS, Liu et al. 2019, section 2.3).
 
+    Where the level starts from another one's variables, that is w_p* = start: the cotangent goes on to it unchanged
+    (first-order MAML, Finn et al. 2017, section 5.2).
+
     Costs nothing. Exact only where the level is ignored on purpose.
     """
 
@@ -31,6 +34,6 @@ class FirstOrder(Hypergradient):
         """Approximate by design."""
         return Claim(f"{self!r} ignores the level's response: off by all of the indirect part through it")
 
-    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:  # noqa: ARG002
-        """Return nothing: every cotangent is zero."""
-        return {}
+    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
+        """Return nothing: every cotangent is zero, but for that of a start."""
+        return {} if response.start is None else {response.start: cotangent}

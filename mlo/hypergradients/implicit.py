@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo.autodiff import add, dense
 from mlo.hypergradients.base import Hypergradient
 from mlo.levels import Tensors
 from mlo.linear_solvers import LinearOperator, Solution
@@ -78,7 +79,9 @@ class Implicit(Hypergradient):
             x = solve(b)
             if step.create_graph:
                 x = _differentiable(system, solve, b, x)
-            return product(system.direction(-x), response.targets, create_graph=step.create_graph)
+            found = product(system.direction(-x), response.targets, create_graph=step.create_graph)
+        decay = step.pull_back_hyperparameters(system.decay_cotangent(-x), response.targets)
+        return {q: dense(add(c, decay[q]), c) if q in decay else c for q, c in found.items()}
 
 
 class System:
@@ -91,23 +94,20 @@ class System:
     """
 
     def __init__(self, step: Step, product: SecondOrder) -> None:
-        self._penalties = step.update.penalties()
+        self._signs, decays = step.update.signs(), step.update.decays()
         self._product = product
         self._level = step.level
-        self.indices = sorted(self._penalties)
+        self.indices = sorted(self._signs)
         self._count = len(step.weights)
         self.parameters = [step.weights[i] for i in self.indices]
         self.key = step.call.key
         dtypes = {t.dtype for t in self.parameters}
         self._dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float64
+        self._determined = any(isinstance(decay, Tensor) for decay in decays.values())
         self._decay: Tensor | None = None
-        if any(decay for _, decay in self._penalties.values()):
-            self._decay = torch.cat(
-                [
-                    torch.full((t.numel(),), self._penalties[i][1], dtype=self._dtype, device=t.device)
-                    for i, t in zip(self.indices, self.parameters, strict=True)
-                ]
-            )
+        if any(isinstance(decay, Tensor) or decay for decay in decays.values()):
+            ones = [torch.ones(t.numel(), dtype=self._dtype, device=t.device) for t in self.parameters]
+            self._decay = torch.cat([decays[i] * one for i, one in zip(self.indices, ones, strict=True)])
 
     def flat(self, tensors: Tensors) -> Tensor:
         """Return the entries that take part of one tensor a variable, as one vector."""
@@ -122,8 +122,14 @@ class System:
         """Return the direction of a product that belongs to a vector: None for variables that take no part."""
         result: list[Tensor | None] = [None] * self._count
         for i, piece in zip(self.indices, self.split(vector), strict=True):
-            result[i] = piece * self._penalties[i][0]
+            result[i] = piece * self._signs[i]
         return tuple(result)
+
+    def decay_cotangent(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return the mixed product with a coupled weight decay that other levels determine, if it is."""
+        if not self._determined:
+            return {}
+        return {"weight_decay": torch.dot(vector, torch.cat([t.reshape(-1).to(self._dtype) for t in self.parameters]))}
 
     def hessian(self, vector: Tensor, *, create_graph: bool = False) -> Tensor:
         """Return H times a vector."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 from mlo.autodiff import Gradient
 from mlo.levels import Tensors
@@ -16,8 +17,8 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
     """Pull a cotangent back through the last recorded steps, newest first.
 
     With w' = step(w, dF/dw, state): the optimizer's own pullback turns a cotangent of (w', state') into those of (w,
-    gradient, state); the gradient's is then the direction of one second-order product, which gives the part for w and
-    for all targets.
+    gradient, state, hyperparameters); the gradient's is then the direction of one second-order product, which gives the
+    part for w and for all targets. What reaches the start belongs to the level that the solve started from, if any.
 
     Args:
         cotangent: of the level's variables after the last step.
@@ -25,22 +26,27 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
         last: how many steps to go back, None for all recorded ones; the state before them counts as constant.
         product: the second-order product.
     """
-    steps = list(response.steps if last is None else response.steps[-last:])
+    num = len(response.steps) if last is None else min(last, len(response.steps))
+    start = response.start if response.complete and num == len(response.steps) else None
     total = {q: response.zeros(q) for q in response.targets}
-    state_cotangent = None
-    for index in reversed(range(len(steps))):
-        step, is_first = steps[index], index == 0
-        a_weights, direction, state_cotangent = step.pull_back_update(cotangent, state_cotangent)
-        if all(d is None for d in direction):  # the step's loss did not depend on the level
-            cotangent = a_weights
-            continue
-        targets = response.current(step) if is_first else (response.level, *response.current(step))
-        if not targets:
-            continue
-        products = product(step, direction, targets)
-        if not is_first:
-            own = products.pop(response.level)
-            cotangent = tuple(a + b for a, b in zip(a_weights, own, strict=True))
-        for q, c in products.items():
+
+    def receive(found: Mapping[str, Tensors]) -> None:
+        for q, c in found.items():
             total[q] = tuple(a + b for a, b in zip(total[q], c, strict=True))
+
+    state_cotangent = None
+    for index, step in enumerate(islice(response.backwards(), num)):
+        a_weights, direction, state_cotangent, a_options = step.pull_back_update(cotangent, state_cotangent)
+        receive(step.pull_back_hyperparameters(a_options, response.current(step)))
+        goes_on = index < num - 1 or start is not None
+        targets = (response.level, *response.current(step)) if goes_on else response.current(step)
+        if targets and any(d is not None for d in direction):  # else the step's loss did not depend on the level
+            products = product(step, direction, targets)
+            own = products.pop(response.level, response.zeros(response.level))
+            receive(products)
+            cotangent = tuple(a + b for a, b in zip(a_weights, own, strict=True))
+        else:
+            cotangent = a_weights
+    if start is not None:
+        receive({start: cotangent})
     return total

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlo.hypergradients.base import Claim, Hypergradient
-from mlo.hypergradients.checks import check_count
+from mlo.hypergradients.checks import check_count, check_flag
 from mlo.hypergradients.steps import pull_back_steps
 from mlo.levels import Tensors
 from mlo.sweep import Response, Step
@@ -21,25 +21,34 @@ class Unroll(Hypergradient):
     the start of the solve, which counts as constant.
 
     Cost: one double backward pass a step (about 2 to 4 gradients), and memory for the weights, gradient and optimizer
-    state of every step.
+    state of every step; with `checkpoint`, of 2 sqrt(K) of the K steps only, for one more gradient a step (Griewank
+    1992; Chen et al. 2016). Batches are kept in either case, and in a nest what the levels inside recorded.
 
     Args:
         last: go back this many steps only (truncated back-propagation, Shaban et al. 2019); None for all.
+        checkpoint: keep every sqrt(K)-th step, and recompute those between, segment by segment.
 
     Example:
         >>> Unroll(last=3)
-        Unroll(last=3)
+        Unroll(last=3, checkpoint=False)
     """
 
     last: int | None = None
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         check_count(self, "last", none="all steps")
+        check_flag(self, "checkpoint")
 
     @property
     def recorded_steps(self) -> int | None:
         """The steps gone back."""
         return self.last
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether steps may be kept thin."""
+        return self.checkpoint
 
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
         """Exact with all steps."""

@@ -1,0 +1,72 @@
+"""What an approximation costs: a level's hypergradient beside the exact derivative of the steps really taken.
+
+Called by the engine every so many rounds, if it is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from mlo.autodiff import Call, Gradients, dense
+from mlo.hypergradients import Unroll
+from mlo.levels import Tensors
+from mlo.sweep import Context, Solve, Step, World, sweep
+
+
+def diagnose(
+    context: Context, call: Call, solve: Solve, world: World, found: Gradients
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Compare a level's hypergradient with the one that `Unroll` finds on the same batch and records.
+
+    Levels inside a nest move by the steps that they took, whatever estimator shaped those.
+
+    Args:
+        context: with the estimators in use.
+        call: the level's loss.
+        solve: the solve inside it, recorded in full.
+        world: the variables of all levels.
+        found: the hypergradient in use.
+
+    Yields:
+        (level, name, value): `hypergradient_cosine`, between the two, and `hypergradient_error`, the norm of their
+        difference over that of the exact one, of the level; and of each level inside that has levels inside it,
+        `hessian_asymmetry`: |u'Hv - v'Hu| / max(|u'Hv|, |v'Hu|) for random u and v, H its total curvature. It is 0
+        where all estimators inside that level are exact; elsewhere it says how far from a Hessian H is.
+    """
+    level, structure = call.level, context.structure
+    exact = sweep(_exactly(context), call, solve, world, [level])
+    like = world[level].tensors
+    used, wanted = (_flat(dense(gradients.of[level], like)) for gradients in (found, exact))
+    length = torch.linalg.vector_norm(wanted)
+    yield level, "hypergradient_cosine", torch.dot(used, wanted) / (torch.linalg.vector_norm(used) * length)
+    yield level, "hypergradient_error", torch.linalg.vector_norm(used - wanted) / length
+    for p in structure.sweep_order[level]:
+        member = solve.member(p)
+        if structure.inside[p] and member is not None and member.steps:
+            yield p, "hessian_asymmetry", _asymmetry(member.steps[-1])
+
+
+def _exactly(context: Context) -> Context:
+    estimators: Mapping[str, Unroll] = {name: Unroll() for name in context.structure.names}
+    return Context(context.structure, estimators, context.starts)
+
+
+def _asymmetry(step: Step) -> Tensor:
+    generator = torch.Generator().manual_seed(step.call.key)
+
+    def draw() -> Tensors:
+        drawn = (torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in step.weights)
+        return tuple(t.to(w) for t, w in zip(drawn, step.weights, strict=True))
+
+    u, v = draw(), draw()
+    with step.second_order((step.level,)) as product:
+        hu, hv = (product(d, (step.level,))[step.level] for d in (u, v))
+    one, other = torch.dot(_flat(u), _flat(hv)), torch.dot(_flat(v), _flat(hu))
+    return (one - other).abs() / torch.maximum(one.abs(), other.abs())
+
+
+def _flat(tensors: Tensors) -> Tensor:
+    return torch.cat([t.detach().reshape(-1).double() for t in tensors])

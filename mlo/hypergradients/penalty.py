@@ -1,0 +1,111 @@
+"""Implicit differentiation by solving twice more, with the cotangent as a small penalty: first derivatives only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlo.autodiff import Gradient, add, dense
+from mlo.hypergradients.base import Claim, Hypergradient
+from mlo.hypergradients.checks import check_count, check_number
+from mlo.levels import Tensors
+from mlo.sweep import Response, Step
+
+
+@dataclass(frozen=True)
+class Penalty(Hypergradient):
+    """Re-solve the level under F_p + <a_p, w_p> / strength and under F_p - <a_p, w_p> / strength, to w+ and w-.
+
+    c_q = strength / 2 * [dF_p/dw_q(w+) - dF_p/dw_q(w-)]. As w+- = w_p* -+ H^(-1) a_p / strength + O(1 / strength^2),
+    this is the implicit derivative, -d2_qp F_p H^(-1) a_p, up to O(1 / strength^2). Value-function and penalty methods
+    (F2SA, Kwon et al. 2023; BOME, Liu et al. 2022) in their two-sided form, which is that of equilibrium propagation
+    (Scellier and Bengio 2017; Laborieux et al. 2021).
+
+    Both solves begin at the state (weights, optimizer state) before the level's last recorded step, with its batch,
+    random draws and learning rate, and take `steps` steps of the level's own optimizer. Exact for a level that has
+    converged on that batch, as strength and steps -> infinity; with too few steps to forget their start, what has not
+    been forgotten is missing (for plain SGD: Neumann's series with as many terms).
+
+    Needs no second derivative, so that it works under `torch.compile` and with kernels that have none, such as flash
+    attention; and no curvature product at any depth: in a nest the levels inside are solved again at every step. The
+    choice where second derivatives are not to be had; elsewhere `ConjugateGradient` is cheaper and has no strength.
+
+    Rounding: the machine epsilon times strength times norm(dF_p/dw_q); in float32 keep to a strength of about 100.
+
+    Cost: 2 * steps gradients of F_p, and 2 with respect to the targets; memory for a few copies of the weights.
+
+    Args:
+        strength: divides the cotangent, positive; larger is more exact, until rounding shows.
+        steps: of each of the two solves, at least 1.
+
+    Raises:
+        MloError: an argument is out of range.
+
+    Example:
+        >>> Penalty(steps=10)
+        Penalty(strength=100.0, steps=10)
+    """
+
+    strength: float = 100.0
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        check_number(self, "strength", allow_zero=False)
+        check_count(self, "steps")
+
+    @property
+    def recorded_steps(self) -> int:
+        """The last one."""
+        return 1
+
+    @property
+    def implicit(self) -> bool:
+        """The response is a function of its targets alone."""
+        return True
+
+    def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
+        """Approximate, with an error of order 1 / strength^2 where both solves converge."""
+        return Claim(
+            f"{self!r} approaches the implicit derivative as strength -> infinity, if its {self.steps} steps converge"
+        )
+
+    def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
+        """Solve twice, and compare what the level's objective says of the targets."""
+        if not response.targets or not response.steps:
+            return {}
+        step = response.last_step()
+        signs = step.update.signs()
+        tilt: Gradient = tuple(a * signs[i] / self.strength if i in signs else None for i, a in enumerate(cotangent))
+        ends = [self._solve(step, tilt, side) for side in (1.0, -1.0)]
+        # Where the optimizer maximizes, F_p = -L_p: the way from one end to the other is then the other way round.
+        pairs = [p if signs.get(i, 1.0) > 0 else p[::-1] for i, p in enumerate(zip(*ends, strict=True))]
+        above, below = zip(*pairs, strict=True)
+        found = step.change(below, above, response.targets)
+        decay = step.pull_back_hyperparameters(_decay_change(step, *ends), response.targets)
+        change = {q: dense(add(c, decay[q]), c) if q in decay else c for q, c in found.items()}
+        return {q: tuple(t * (self.strength / 2) for t in tensors) for q, tensors in change.items()}
+
+    def _solve(self, step: Step, tilt: Gradient, side: float) -> Tensors:
+        """Take the level's steps with a tilted objective."""
+        weights, state, update = step.weights, step.update.state, step.update
+        for _ in range(self.steps):
+            found = step.gradient_at(weights)
+            with torch.set_grad_enabled(step.create_graph):
+                tilted = tuple(
+                    None if g is None else g if t is None else g + side * t for g, t in zip(found, tilt, strict=True)
+                )
+                weights, state = update.apply(weights, tilted, state)
+                update = update.following()
+        return weights
+
+
+def _decay_change(step: Step, above: Tensors, below: Tensors) -> dict[str, Tensor]:
+    """Return the change of F_p's derivative by a coupled weight decay, 1/2 norm(w_p)^2, if others determine it."""
+    if "weight_decay" not in step.update.hyperparameters:
+        return {}
+    determined = [i for i, decay in step.update.decays().items() if isinstance(decay, Tensor)]
+    terms = [(above[i].square().sum() - below[i].square().sum()) / 2 for i in determined]
+    return {"weight_decay": torch.stack(terms).sum()} if terms else {}
