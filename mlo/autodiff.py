@@ -367,12 +367,6 @@ def dense(gradient: Gradient, like: Sequence[Tensor]) -> Tensors:
     return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(gradient, like, strict=True))
 
 
-def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the sum of products over all entries; None where no pair has both entries."""
-    terms = [(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    return torch.stack(terms).sum() if terms else None
-
-
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
     """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None)."""
     present = [t for t in tensors if t is not None and t.numel()]

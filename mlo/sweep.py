@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mlo.autodiff import Call, Gradient, Gradients, add, alias, dense, inner_product, norm
+from mlo.autodiff import Call, Gradient, Gradients, add, alias, dense, norm
 from mlo.calls import Calls
 from mlo.levels import Tensors
 from mlo.optimizers import OptimizerState, Update, UpdateCotangents
@@ -206,11 +206,19 @@ class Step:
                 if kept is not None and (*targets,) != (self.level,):  # its own variables lead into no kept call
                     flat += kept.leaves
                 grads: Gradient = (None,) * len(flat)
-                with torch.enable_grad():
-                    scalar = inner_product(gradient, direction)
-                if scalar is not None and scalar.requires_grad:
+                pairs = [
+                    (g, d.to(g.dtype))
+                    for g, d in zip(gradient, direction, strict=True)
+                    if g is not None and d is not None and g.requires_grad
+                ]
+                if pairs:  # the direction is no input: it may itself depend on the weights, by an earlier product
                     grads = torch.autograd.grad(
-                        scalar, flat, allow_unused=True, create_graph=create_graph, retain_graph=True
+                        [g for g, _ in pairs],
+                        flat,
+                        [d for _, d in pairs],
+                        allow_unused=True,
+                        create_graph=create_graph,
+                        retain_graph=True,
                     )
                 return self._split(grads, wanted)
 
@@ -222,7 +230,7 @@ class Step:
         """Make the product one micro-batch at a time: the graphs of all of them at once may not fit."""
         total = {q: tuple(torch.zeros_like(t) for t in self.world[q].tensors) for q in targets}
         for part in self.call.parts:
-            with replace(self, call=part).second_order(targets) as product:
+            with torch.enable_grad(), replace(self, call=part).second_order(targets) as product:
                 found = product(direction, targets, create_graph=create_graph)
             total = {q: tuple(a + b for a, b in zip(total[q], found[q], strict=True)) for q in targets}
         return {q: tuple(t / len(self.call.parts) for t in tensors) for q, tensors in total.items()}

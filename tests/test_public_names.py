@@ -9,13 +9,23 @@ def test_exports():
     assert sorted(mlo.__all__) == [
         "CheckpointError", "Claim", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference",
         "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output",
-        "Penalty", "Problem", "RecipeError", "Response", "SAMA", "Step", "Tensors", "Unroll", "__version__", "register_optimizer",
+        "Penalty", "Problem", "RecipeError", "Response", "SAMA", "Step", "Tensors", "Unroll", "__version__",
+        "register_optimizer",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)
 
 
 def test_recipe_kinds():
-    assert sorted(KINDS) == ["cg", "finite_difference", "first_order", "neumann", "nystrom", "penalty", "sama", "unroll"]
+    assert sorted(KINDS) == [
+        "cg",
+        "finite_difference",
+        "first_order",
+        "neumann",
+        "nystrom",
+        "penalty",
+        "sama",
+        "unroll",
+    ]
 
 
 def test_command_line_flags():

@@ -186,6 +186,35 @@ def test_hessian_vector_products_are_symmetric(num_levels, nested, seed):
     assert max(symmetry.deviations) < 1e-9
 
 
+class Squared(mlo.Hypergradient):
+    """Pulls back through H H, with all products from one graph, or each from its own."""
+
+    implicit = True
+    recorded_steps = 1
+
+    def __init__(self, *, shared):
+        self.shared = shared
+
+    def pullback(self, cotangent, response):
+        step = response.last_step()
+        if not self.shared:
+            image = step.product(cotangent, (response.level,))[response.level]
+            return step.product(image, response.targets)
+        with step.second_order((response.level, *response.targets)) as product:
+            image = product(cotangent, (response.level,), create_graph=step.create_graph)[response.level]
+            return product(image, response.targets, create_graph=step.create_graph)
+
+
+def test_a_direction_that_comes_from_an_earlier_product_is_no_input():
+    """In a nest products are differentiated; that of a direction must not run through the weights behind it."""
+    graph = draw_graph(3, 3, nested=True)
+    shared, own = (
+        flat(graph.engine(Squared(shared=shared)).hypergradient(graph.names[-1]).values()) for shared in (True, False)
+    )
+    assert relative_error(shared, own) < 1e-10
+    assert relative_error(shared, flat(graph.engine(mlo.FirstOrder()).hypergradient(graph.names[-1]).values())) > 1e-3
+
+
 @pytest.mark.parametrize("num_levels", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_error_of_finite_differences_is_of_second_order_in_the_radius(num_levels, seed):
