@@ -40,9 +40,9 @@ def diagnose(
     exact = sweep(_exactly(context), call, solve, world, [level])
     like = world[level].tensors
     used, wanted = (_flat(dense(gradients.of[level], like)) for gradients in (found, exact))
-    length = torch.linalg.vector_norm(wanted)
-    yield level, "hypergradient_cosine", torch.dot(used, wanted) / (torch.linalg.vector_norm(used) * length)
-    yield level, "hypergradient_error", torch.linalg.vector_norm(used - wanted) / length
+    length, distance = torch.linalg.vector_norm(wanted), torch.linalg.vector_norm(used - wanted)
+    yield level, "hypergradient_cosine", _ratio(torch.dot(used, wanted), torch.linalg.vector_norm(used) * length)
+    yield level, "hypergradient_error", _ratio(distance, length)
     for p in structure.sweep_order[level]:
         member = solve.member(p)
         if structure.inside[p] and member is not None and member.steps:
@@ -65,7 +65,12 @@ def _asymmetry(step: Step) -> Tensor:
     with step.second_order((step.level,)) as product:
         hu, hv = (product(d, (step.level,))[step.level] for d in (u, v))
     one, other = torch.dot(_flat(u), _flat(hv)), torch.dot(_flat(v), _flat(hu))
-    return (one - other).abs() / torch.maximum(one.abs(), other.abs())
+    return _ratio((one - other).abs(), torch.maximum(one.abs(), other.abs()))
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Divide; zero by anything is zero."""
+    return torch.where(a == 0, 0.0, a / b)
 
 
 def _flat(tensors: Tensors) -> Tensor:

@@ -1,0 +1,109 @@
+"""How far the estimators in use are from the exact derivative, as metrics."""
+
+import pytest
+import torch
+
+import mlo
+from tests.conformance.quadratics import oracle, quadratic_engine
+from tests.conformance.random_graphs import draw_graph
+from tests.toys import assert_same_state, state_of, three_levels
+
+
+def flat(tensors):
+    return torch.cat([t.reshape(-1).double() for t in tensors])
+
+
+def played(engine, rounds=1):
+    """The metrics of each round."""
+    seen = []
+
+    class Keep:
+        def on_round(self, report):
+            seen.append(report.metrics)
+
+    engine.run(rounds, progress=False, callbacks=[Keep()])
+    return seen
+
+
+def test_off_by_default():
+    assert not [name for metrics in played(three_levels()) for name in metrics if "hypergradient" in name]
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+def test_nothing_else_changes(rollback):
+    plain = three_levels(rollback=rollback)
+    told = three_levels(rollback=rollback, diagnostics_every=2)
+    a, b = played(plain, 3), played(told, 3)
+    assert_same_state(state_of(plain), state_of(told))
+    assert ["gate.hypergradient_cosine" in metrics for metrics in b] == [True, False, True]
+    for one, other in zip(a, b, strict=True):
+        shared = set(one) - {"round_seconds"}
+        assert {name: one[name] for name in shared} == {name: other[name] for name in shared}
+
+
+@pytest.mark.parametrize("estimator", [mlo.SAMA(), mlo.Unroll(last=1)], ids=repr)
+def test_the_figures_are_those_of_the_two_hypergradients(estimator):
+    used, exact = three_levels(estimator=estimator, steps=3), three_levels(estimator=mlo.Unroll(), steps=3)
+    a, b = (flat(engine.hypergradient("gate").values()) for engine in (used, exact))
+    found = played(three_levels(estimator=estimator, steps=3, diagnostics_every=1))[0]
+    assert found["gate.hypergradient_cosine"] == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-6)
+    assert found["gate.hypergradient_error"] == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-4)
+    assert found["gate.hypergradient_error"] > 1e-3
+
+
+def test_a_hypergradient_of_zero_has_no_direction():
+    found = played(three_levels(estimator=mlo.FirstOrder(), steps=3, diagnostics_every=1))[0]
+    assert found["gate.hypergradient_cosine"] == 0
+    assert found["gate.hypergradient_error"] == 1
+
+
+def test_exact_estimators_are_found_exact():
+    for estimator in (mlo.Unroll(), mlo.Unroll(checkpoint=True)):
+        found = played(three_levels(estimator=estimator, steps=3, diagnostics_every=1))[0]
+        assert found["gate.hypergradient_cosine"] == pytest.approx(1, abs=1e-6)
+        assert found["gate.hypergradient_error"] < 1e-4  # float32
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_nest_reports_the_symmetry_of_its_curvature(seed):
+    graph = draw_graph(seed, 3, nested=True)
+    middle = next(name for name in graph.names if graph.engine(mlo.Unroll()).graph.inside(name) and name != "level2")
+    found = played(graph.engine(mlo.Unroll(), diagnostics_every=1))[0]
+    assert found[f"{middle}.hessian_asymmetry"] < 1e-9
+    assert found["level2.hypergradient_error"] < 1e-9
+    assert found[f"{middle}.hypergradient_error"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("estimator", "symmetric"), [(mlo.Unroll(last=1), False), (mlo.Neumann(terms=1, scale=0.3), True)]
+)
+def test_what_makes_the_curvature_asymmetric(estimator, symmetric):
+    """Steps that move by more than their pullback says do; an implicit response moves by its own pullback."""
+    data = oracle("trilevel_nest_implicit")
+    engine = quadratic_engine(
+        data, estimator, lambda _, m: torch.optim.SGD(m.parameters(), lr=0.4), 3, diagnostics_every=1
+    )
+    found = played(engine)[0]["l1.hessian_asymmetry"]
+    assert found < 1e-9 if symmetric else found > 1e-2
+
+
+def test_mistakes():
+    for interval in (0, -1, 1.5, True):
+        with pytest.raises(mlo.MloError, match="diagnostics_every: expected a whole number of at least 1, or None"):
+            three_levels(diagnostics_every=interval)
+    lower, upper = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+    def loss(levels, batch):
+        return (levels.lower.weight - levels.upper.weight).square().sum()
+
+    graph = mlo.Graph(
+        [
+            mlo.Problem("lower", lower, loss, torch.optim.RMSprop(lower.parameters()), None,
+                        hypergradient=mlo.ConjugateGradient()),
+            mlo.Problem("upper", upper, loss, torch.optim.RMSprop(upper.parameters()), None),
+        ],
+        [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")],
+    )  # fmt: skip
+    mlo.Engine(graph, device="cpu").run(1, progress=False)
+    with pytest.raises(mlo.GraphError, match="found RMSprop in level 'lower'"):
+        mlo.Engine(graph, device="cpu", diagnostics_every=1)
