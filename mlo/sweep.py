@@ -25,6 +25,7 @@ import torch
 
 from mlo.autodiff import Call, Gradient, Gradients, add, alias, dense, norm
 from mlo.calls import Calls
+from mlo.errors import MloError
 from mlo.levels import Tensors
 from mlo.optimizers import OptimizerState, Update, UpdateCotangents
 from mlo.structure import Structure
@@ -212,14 +213,15 @@ class Step:
                     if g is not None and d is not None and g.requires_grad
                 ]
                 if pairs:  # the direction is no input: it may itself depend on the weights, by an earlier product
-                    grads = torch.autograd.grad(
-                        [g for g, _ in pairs],
-                        flat,
-                        [d for _, d in pairs],
-                        allow_unused=True,
-                        create_graph=create_graph,
-                        retain_graph=True,
-                    )
+                    with self._second_derivatives():
+                        grads = torch.autograd.grad(
+                            [g for g, _ in pairs],
+                            flat,
+                            [d for _, d in pairs],
+                            allow_unused=True,
+                            create_graph=create_graph,
+                            retain_graph=True,
+                        )
                 return self._split(grads, wanted)
 
             yield product
@@ -318,6 +320,21 @@ class Step:
         outer = {name: Weights(tensors) for name, tensors in values.items()}
         repeated = replay_solve(self.context, self.inner, outer, create_graph=create_graph)
         return nullcontext(sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph))
+
+    @contextmanager
+    def _second_derivatives(self) -> Iterator[None]:
+        """Say what to do about an operation that has no second derivative."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "double backward" not in str(error) and "is not implemented" not in str(error):
+                raise
+            raise MloError(
+                f"level {self.level!r}: expected a loss that can be differentiated twice; found one that cannot "
+                f"({error}). Choose an estimator of first derivatives for the level: mlo.FiniteDifference(), "
+                f"mlo.SAMA() or mlo.Penalty(); or leave its modules uncompiled, with operations that torch can "
+                f"differentiate twice."
+            ) from error
 
     def _alias(self, tensors: Tensors) -> Tensors:
         return tuple(alias(t, create_graph=self.create_graph) for t in tensors)

@@ -164,7 +164,7 @@ class LBTExperiment(Experiment):
         assert isinstance(architecture, Architecture)
         before = {name: p.detach().clone() for name, p in architecture.named_parameters()}
         relaxed_before = _relaxed(architecture)
-        run.train("search", graph, recipe.rounds, rollback=recipe.rollback)
+        run.train("search", graph, recipe.rounds, rollback=recipe.rollback, diagnostics_every=recipe.diagnostics_every)
         genotype = architecture.discretize()
         write_json(folder / "genotype.json", genotype.to_json())
         for cell, edges, concat in (

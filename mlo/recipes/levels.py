@@ -120,6 +120,7 @@ class LevelRecipe(RecipePart):
         hypergradient: how the level's best response is differentiated; a top level's is ignored.
         steps: the optimizer steps that the level takes per step of the levels above it.
         clip_norm: the norm that its gradients are clipped to, or None.
+        micro_batches: batches that a step's loss is the mean of, run one after the other (gradient accumulation).
     """
 
     optimizer: OptimizerRecipe
@@ -127,6 +128,7 @@ class LevelRecipe(RecipePart):
     hypergradient: HypergradientRecipe = Field(default={"kind": "finite_difference"}, validate_default=True)
     steps: PositiveInt = 1
     clip_norm: PositiveFloat | None = None
+    micro_batches: PositiveInt = 1
 
     def declare(
         self, name: str, module: nn.Module, loss: Loss, data: Iterable[Any] | None, *, total_steps: int
@@ -151,4 +153,5 @@ class LevelRecipe(RecipePart):
             steps=self.steps,
             scheduler=self.scheduler.build(optimizer, total_steps),
             clip_norm=self.clip_norm,
+            micro_batches=self.micro_batches,
         )

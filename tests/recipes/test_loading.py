@@ -74,7 +74,8 @@ def test_a_bundled_recipe(tmp_path: Path, write: Write, schemas: Schemas) -> Non
             "batchsize: 3",
             (
                 "batchsize: found an unknown key with the value 3, expected one of problem, description, seed, device, "
-                "precision, rounds, rollback, checkpoint_every, threads, levels, batch_size, noise, lambda, shuffle, "
+                "precision, rounds, rollback, diagnostics_every, checkpoint_every, threads, levels, batch_size, noise, lambda, "
+                "shuffle, "
                 "widths, groups; did you mean 'batch_size'?"
             ),
         ),
@@ -268,6 +269,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "precision: fp32\n"
         "rounds: 10\n"
         "rollback: false\n"
+        "diagnostics_every: null\n"
         "checkpoint_every: 50\n"
         "threads: null\n"
         "levels:\n"
@@ -287,6 +289,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "      last: 1\n"
         "    steps: 1\n"
         "    clip_norm: null\n"
+        "    micro_batches: 1\n"
         "  student: null\n"
         "batch_size: 64\n"
         "noise: 0.0\n"

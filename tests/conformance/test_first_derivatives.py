@@ -1,0 +1,88 @@
+"""Modules that cannot be differentiated twice: compiled ones, and kernels without a second derivative."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mlo
+
+from .quadratics import relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by the compiler, of its inputs
+
+FIRST = [mlo.FirstOrder(), mlo.FiniteDifference(), mlo.SAMA(), mlo.Penalty(steps=4)]
+SECOND = [mlo.Unroll(), mlo.ConjugateGradient(), mlo.Neumann(), mlo.Nystrom()]
+
+
+class Once(torch.autograd.Function):
+    """The hyperbolic tangent, as a kernel that has one derivative only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent):
+        (y,) = ctx.saved_tensors
+        return cotangent * (1 - y * y)
+
+
+class Network(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+def hypergradient(estimator, *, function=torch.tanh, nested=False, wrap=lambda module: module):
+    torch.manual_seed(0)
+    names = ("low", "middle", "top") if nested else ("low", "top")
+    modules = {name: wrap(Network(function).double()) for name in names}
+    reads = {"low": names[1:], "middle": ("low", "top"), "top": names[:-1]}
+    data = [torch.randn(2, 6, 4, dtype=torch.float64).unbind() for _ in range(2)]
+
+    def loss(name):
+        def compute(levels, batch):
+            x, y = batch
+            return F.mse_loss(getattr(levels, name)(x + sum(getattr(levels, q)(x) for q in reads[name])), y)
+
+        return compute
+
+    problems = [
+        mlo.Problem(name, module, loss(name), torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.1), data,
+                    hypergradient=estimator, steps=2)
+        for name, module in modules.items()
+    ]  # fmt: skip
+    edges = [mlo.Edge(source, target) for target in names for source in reads[target]]
+    engine = mlo.Engine(mlo.Graph(problems, edges), seed=0, device="cpu")
+    engine.run(1, progress=False)
+    return torch.cat([t.reshape(-1) for t in engine.hypergradient("top").values()])
+
+
+@pytest.mark.parametrize(("estimator", "nested"), [*((e, False) for e in FIRST), (FIRST[-1], True)], ids=repr)
+def test_estimators_of_first_derivatives(estimator, nested):
+    """`Penalty` at any depth; the differences of the others are replaced by exact products in a nest."""
+    expected = hypergradient(estimator, nested=nested)
+    assert relative_error(hypergradient(estimator, function=Once.apply, nested=nested), expected) < 1e-12
+
+
+@pytest.mark.parametrize("estimator", FIRST, ids=repr)
+def test_compiled_modules(estimator):
+    expected = hypergradient(estimator)
+    torch._dynamo.reset()
+    compiled = hypergradient(estimator, wrap=lambda module: torch.compile(module, backend="aot_eager"))
+    assert relative_error(compiled, expected) < 1e-9
+
+
+@pytest.mark.parametrize("estimator", SECOND, ids=repr)
+def test_the_others_say_what_to_do(estimator):
+    expected = r"level 'low': expected a loss that can be differentiated twice.*mlo.FiniteDifference\(\), mlo.SAMA\(\)"
+    torch._dynamo.reset()
+    with pytest.raises(mlo.MloError, match=expected):
+        hypergradient(estimator, wrap=lambda module: torch.compile(module, backend="aot_eager"))
+    with pytest.raises(mlo.MloError, match=expected):
+        hypergradient(estimator, function=Once.apply)
