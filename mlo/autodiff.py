@@ -387,6 +387,26 @@ def alias(tensor: Tensor, *, create_graph: bool) -> Tensor:
     return tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
+def check_twice_differentiable(gradient: Gradient) -> None:
+    """Refuse a gradient that an operation marked `once_differentiable` had a part in.
+
+    Its second derivative through that operation is missing, and `torch.autograd.grad` does not say so.
+
+    Raises:
+        RuntimeError: there is such an operation.
+    """
+    waiting = [g.grad_fn for g in gradient if g is not None and g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name().rpartition("::")[2] == "Error":
+            raise RuntimeError("an operation marked once_differentiable cannot be differentiated twice")
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
 def _option(level: str, name: str, value: Any) -> Tensor:
     expected = "two numbers, as a tensor of shape (2,)" if name == "betas" else "one number, as a tensor"
     if not isinstance(value, Tensor) or value.numel() != (2 if name == "betas" else 1):

@@ -67,7 +67,8 @@ class Calls:
 
     def record(self, level: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module, keep the call if it can be kept, and return its output."""
-        arguments = self._note((args, kwargs)) if _is_plain((args, kwargs)) else None
+        keepable = _is_plain((args, kwargs)) and not _is_compiled(module)
+        arguments = self._note((args, kwargs)) if keepable else None
         if arguments is None:
             return module(*args, **kwargs)
         before, kept_by_module = generator_states(self._device), _attributes(module)
@@ -142,6 +143,11 @@ class Calls:
         if isinstance(noted, dict):
             return noted.keys() == given.keys() and all(self._same(v, given[k]) for k, v in noted.items())
         return bool(noted == given)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a part is compiled: its graph can then be gone through only once."""
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
 
 
 def _attributes(module: nn.Module) -> list[int]:

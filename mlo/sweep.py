@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mlo.autodiff import Call, Gradient, Gradients, add, alias, dense, norm
+from mlo.autodiff import Call, Gradient, Gradients, add, alias, check_twice_differentiable, dense, norm
 from mlo.calls import Calls
 from mlo.errors import MloError
 from mlo.levels import Tensors
@@ -104,11 +104,13 @@ class Context:
         structure: the order of the levels.
         estimators: of each level.
         starts: by level, the level whose variables its solves begin at.
+        examined: levels whose losses have been found to have second derivatives.
     """
 
     structure: Structure
     estimators: Mapping[str, Estimator]
     starts: Mapping[str, str] = field(default_factory=dict)
+    examined: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Step:
                     if g is not None and d is not None and g.requires_grad
                 ]
                 if pairs:  # the direction is no input: it may itself depend on the weights, by an earlier product
-                    with self._second_derivatives():
+                    with self._second_derivatives(gradient):
                         grads = torch.autograd.grad(
                             [g for g, _ in pairs],
                             flat,
@@ -287,8 +289,8 @@ class Step:
 
     @property
     def _kept(self) -> Calls | None:
-        """The kept calls, if all levels that they read still stand where they stood."""
-        if self.calls is None or not all(self.world[c.level].live for c in self.calls.calls):
+        """The kept calls, if there are any and all levels that they read still stand where they stood."""
+        if self.calls is None or not self.calls.calls or not all(self.world[c.level].live for c in self.calls.calls):
             return None
         return self.calls
 
@@ -322,12 +324,15 @@ class Step:
         return nullcontext(sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph))
 
     @contextmanager
-    def _second_derivatives(self) -> Iterator[None]:
+    def _second_derivatives(self, gradient: Gradient) -> Iterator[None]:
         """Say what to do about an operation that has no second derivative."""
         try:
+            if self.level not in self.context.examined:
+                self.context.examined.add(self.level)
+                check_twice_differentiable(gradient)
             yield
         except RuntimeError as error:
-            if "double backward" not in str(error) and "is not implemented" not in str(error):
+            if not any(hint in str(error) for hint in ("double backward", "is not implemented", "twice")):
                 raise
             raise MloError(
                 f"level {self.level!r}: expected a loss that can be differentiated twice; found one that cannot "

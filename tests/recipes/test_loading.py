@@ -74,9 +74,8 @@ def test_a_bundled_recipe(tmp_path: Path, write: Write, schemas: Schemas) -> Non
             "batchsize: 3",
             (
                 "batchsize: found an unknown key with the value 3, expected one of problem, description, seed, device, "
-                "precision, rounds, rollback, diagnostics_every, checkpoint_every, threads, levels, batch_size, noise, lambda, "
-                "shuffle, "
-                "widths, groups; did you mean 'batch_size'?"
+                "precision, rounds, rollback, diagnostics_every, checkpoint_every, threads, levels, "
+                "batch_size, noise, lambda, shuffle, widths, groups; did you mean 'batch_size'?"
             ),
         ),
     ],
