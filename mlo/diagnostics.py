@@ -33,7 +33,7 @@ def diagnose(
     Yields:
         (level, name, value): `hypergradient_cosine`, between the two, and `hypergradient_error`, the norm of their
         difference over that of the exact one, of the level; and of each level inside that has levels inside it,
-        `hessian_asymmetry`: |u'Hv - v'Hu| / max(|u'Hv|, |v'Hu|) for random u and v, H its total curvature. It is 0
+        `hessian_asymmetry`: abs(u'Hv - v'Hu) / max(abs(u'Hv), abs(v'Hu)) for random u and v, H its total curvature. It is 0
         where all estimators inside that level are exact; elsewhere it says how far from a Hessian H is.
     """
     level, structure = call.level, context.structure
