@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlo.autodiff import Gradients, dense
-from mlo.errors import MloError
+from mlo.errors import GraphError, MloError
 from mlo.graph import Graph
 from mlo.hypergradients import Claim
 from mlo.levels import Tensors, Variables
@@ -200,6 +200,28 @@ class Settings:
             )
         if not 0 < self.tolerance < 1:
             raise MloError(f"check: tolerance must be a number between 0 and 1; found {self.tolerance!r}")
+
+
+def checkable(graph: Graph, name: str | None, device: torch.device) -> tuple[str, ...]:
+    """Return the levels to check: `name`, or all that have levels solved inside them.
+
+    Raises:
+        GraphError: an unknown name, or a level with nothing inside.
+        MloError: a device without float64.
+    """
+    inside = graph.structure.inside
+    if name is not None:
+        graph.check_name(name, "check")
+    uppers = tuple(n for n in graph.structure.names if inside[n] and name in {None, n})
+    if not uppers:
+        where = "any level" if name is None else f"level {name!r}"
+        raise GraphError(
+            f"check: expected levels solved inside {where}; found none: its hypergradient is a plain gradient, and "
+            f"there is nothing to check."
+        )
+    if device.type == "mps":
+        raise MloError("check: expected a device with float64; found mps. Build the engine with device='cpu'.")
+    return uppers
 
 
 def check_level(

@@ -5,15 +5,40 @@ Called by the engine every so many rounds, if it is told to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mlo.autodiff import Call, Gradients, dense
+from mlo.errors import GraphError, MloError
+from mlo.graph import Graph
 from mlo.hypergradients import Unroll
 from mlo.levels import Tensors
+from mlo.optimizers import has_update_rule
 from mlo.sweep import Context, Solve, Step, World, sweep
+
+
+def check_interval(interval: int | None, graph: Graph) -> None:
+    """Refuse an interval of rounds, or a graph, that no diagnostics can be made for.
+
+    Raises:
+        MloError: the interval is no whole number of at least 1.
+        GraphError: a level whose optimizer's steps cannot be differentiated.
+    """
+    if interval is None:
+        return
+    if type(interval) is not int or interval < 1:
+        raise MloError(f"diagnostics_every: expected a whole number of at least 1, or None; found {interval!r}")
+    for problem in graph.levels:
+        inner = any(problem.name in graph.structure.inside[p.name] for p in graph.levels)
+        if inner and not has_update_rule(problem.optimizer):
+            raise GraphError(
+                f"diagnostics_every: expected optimizers whose steps can be differentiated; found "
+                f"{type(problem.optimizer).__name__} in level {problem.name!r}. Teach its update with "
+                f"mlo.register_optimizer, or leave the diagnostics out."
+            )
 
 
 def diagnose(
@@ -33,11 +58,12 @@ def diagnose(
     Yields:
         (level, name, value): `hypergradient_cosine`, between the two, and `hypergradient_error`, the norm of their
         difference over that of the exact one, of the level; and of each level inside that has levels inside it,
-        `hessian_asymmetry`: abs(u'Hv - v'Hu) / max(abs(u'Hv), abs(v'Hu)) for random u and v, H its total curvature. It is 0
-        where all estimators inside that level are exact; elsewhere it says how far from a Hessian H is.
+        `hessian_asymmetry`: abs(u'Hv - v'Hu) / max(abs(u'Hv), abs(v'Hu)) for random u and v, H its total curvature. It
+        is 0 where all estimators inside that level are exact; elsewhere it says how far from a Hessian H is.
     """
     level, structure = call.level, context.structure
-    exact = sweep(_exactly(context), call, solve, world, [level])
+    exactly = replace(context, estimators=dict.fromkeys(structure.names, Unroll()))
+    exact = sweep(exactly, call, solve, world, [level])
     like = world[level].tensors
     used, wanted = (_flat(dense(gradients.of[level], like)) for gradients in (found, exact))
     length, distance = torch.linalg.vector_norm(wanted), torch.linalg.vector_norm(used - wanted)
@@ -47,11 +73,6 @@ def diagnose(
         member = solve.member(p)
         if structure.inside[p] and member is not None and member.steps:
             yield p, "hessian_asymmetry", _asymmetry(member.steps[-1])
-
-
-def _exactly(context: Context) -> Context:
-    estimators: Mapping[str, Unroll] = {name: Unroll() for name in context.structure.names}
-    return Context(context.structure, estimators, context.starts)
 
 
 def _asymmetry(step: Step) -> Tensor:

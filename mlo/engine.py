@@ -34,19 +34,21 @@ from torch import Tensor
 
 from mlo.autodiff import Backend, Call, Gradients, Level, dense
 from mlo.calls import Calls
-from mlo.checking import Check, LevelCheck, Settings, check_level
+from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.devices import find_device
-from mlo.diagnostics import diagnose
+from mlo.diagnostics import check_interval, diagnose
 from mlo.double import double, double_loss, in_double
-from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError
+from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
-from mlo.optimizers import Update, has_update_rule
+from mlo.optimizers import Update
 from mlo.randomness import isolated
+from mlo.replay import replay_solve
 from mlo.script import Script
-from mlo.state import LevelState, move_optimizer
+from mlo.state import LevelState, check_generators, move_optimizer
 from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep
-from mlo.tracking import Callback, ProgressBar, RoundReport
+from mlo.tracing import trace
+from mlo.tracking import Callback, ProgressBar, RoundReport, mean
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,7 +101,8 @@ class Engine:
         self.rounds_done = 0
         self.total_rounds = 0
         self._rollback = rollback
-        self._diagnostics_every = _checked_interval(diagnostics_every, graph)
+        self._diagnostics_every = diagnostics_every
+        check_interval(diagnostics_every, graph)
         self._diagnosing = False
         self._backend = Backend(find_device(device, [p.module for p in graph.levels]), _PRECISIONS[precision])
         for problem in graph.levels:
@@ -115,6 +118,7 @@ class Engine:
         self._context = Context(
             graph.structure,
             {p.name: p.hypergradient for p in graph.levels},
+            replay_solve,
             {p.name: p.start for p in graph.levels if p.start is not None},
         )
         self._journal = Journal()
@@ -238,7 +242,7 @@ class Engine:
             MloError: a setting out of range, a device without float64, or a loss that cannot be repeated.
         """
         settings = Settings(directions, radii, tolerance, seed, progress)
-        names = self._checkable(name)
+        names = checkable(self.graph, name, self._backend.device)
         self._trace()
         with self._at_work(), self._restored(self.graph.structure.names), self._in_double():
             return Check(tuple(self._check_level(n, settings) for n in names))
@@ -249,7 +253,7 @@ class Engine:
         Raises:
             CheckpointError: a level's data cannot be resumed, or the file cannot be written.
         """
-        self._check_generators()
+        check_generators(self._states)
         write_checkpoint(
             path,
             {
@@ -308,7 +312,7 @@ class Engine:
                 for _ in range(self.graph[name].steps):
                     self._take_step(name)
         self.rounds_done += 1
-        metrics = {name: _mean(name, values) for name, values in self._tallies.items()}
+        metrics = {name: mean(name, values) for name, values in self._tallies.items()}
         self._check_finite(metrics)
         return metrics | {"round_seconds": time.perf_counter() - started}
 
@@ -440,22 +444,6 @@ class Engine:
                 self._take_step(q)
             self._solve(q, repeatable=False)
 
-    def _checkable(self, name: str | None) -> Sequence[str]:
-        """Return the levels to check."""
-        inside = self.graph.structure.inside
-        if name is not None:
-            self.graph.check_name(name, "check")
-        uppers = [n for n in self.graph.structure.names if inside[n] and name in {None, n}]
-        if not uppers:
-            where = "any level" if name is None else f"level {name!r}"
-            raise GraphError(
-                f"check: expected levels solved inside {where}; found none: its hypergradient is a plain gradient, and "
-                f"there is nothing to check."
-            )
-        if self._backend.device.type == "mps":
-            raise MloError("check: expected a device with float64; found mps. Build the engine with device='cpu'.")
-        return uppers
-
     def _check_level(self, name: str, settings: Settings) -> LevelCheck:
         """Sweep once, and play the same solve again and again."""
         observed = [q for q in self.graph.structure.inside[name] if self.graph[q].hypergradient.implicit]
@@ -519,17 +507,6 @@ class Engine:
                 stack.callback(self._states[name].snapshot())
             yield
 
-    def _check_generators(self) -> None:
-        """Refuse to save where two levels draw from one generator: neither could be brought back to its position."""
-        owners: dict[int, str] = {}
-        for name, state in self._states.items():
-            for generator in state.stream.generators():
-                if owners.setdefault(id(generator), name) != name:
-                    raise CheckpointError(
-                        f"data of levels {owners[id(generator)]!r} and {name!r}: expected a generator for each; found "
-                        f"one that both draw from. Give each DataLoader a torch.Generator of its own, or none."
-                    )
-
     def _progress(self) -> float:
         return self.rounds_done / self.total_rounds if self.total_rounds else 0.0
 
@@ -553,69 +530,14 @@ class Engine:
                 )
 
     def _trace(self) -> None:
-        """Call each loss once, changing nothing, and compare what it reads with the edges."""
-        if self._traced:
-            return
-        for name, state in self._states.items():
-            accessed: set[str] = set()
-            with self._at_work(), state.stream.rewound(), ExitStack() as stack:
-                for level in self._levels.values():
-                    stack.enter_context(level.buffers.watched())
-                    stack.enter_context(level.buffers.held())
-                call = state.next_call(self._levels, self._progress(), self._backend, recorded=False)
-                call.hyperparameters({}, accessed=accessed)
-                loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
-                self.graph.check_reads(name, sorted(accessed))
-                if not loss.requires_grad:
-                    raise GraphError(
-                        f"the loss of level {name!r}: expected a tensor that depends on variables of {name!r} or of a "
-                        f"level that it reads; found one without a gradient. Take no_grad(), detach() or item() out of "
-                        f"the loss."
-                    )
-                self._check_closure(name, loss)
+        """Find out, once, whether the losses read what the edges declare."""
+        if not self._traced:
+            with self._at_work():
+                trace(self.graph, self._levels, self._states, self._progress(), self._backend)
         self._traced = True
-
-    def _check_closure(self, name: str, loss: Tensor) -> None:
-        """Refuse a loss that depends on a level that it did not read through `levels`."""
-        for other in self._levels.values():
-            if other.name == name or other.name in self._levels[name].reads or not loss.requires_grad:
-                continue
-            found = torch.autograd.grad(loss, other.variables.parameters, retain_graph=True, allow_unused=True)
-            if any(g is not None for g in found):
-                raise GraphError(
-                    f"the loss of level {name!r} depends on the variables of level {other.name!r} without an edge: it "
-                    f"uses the module itself. Declare mlo.Edge({other.name!r}, {name!r}) and read levels.{other.name}."
-                )
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Whatever the caller's grad mode, compute with gradients; give the caller's generators back unchanged."""
         with torch.inference_mode(False), torch.enable_grad(), isolated(self._backend.device):
             yield
-
-
-def _checked_interval(interval: int | None, graph: Graph) -> int | None:
-    if interval is None:
-        return None
-    if type(interval) is not int or interval < 1:
-        raise MloError(f"diagnostics_every: expected a whole number of at least 1, or None; found {interval!r}")
-    for problem in graph.levels:
-        inner = any(problem.name in graph.structure.inside[p.name] for p in graph.levels)
-        if inner and not has_update_rule(problem.optimizer):
-            raise GraphError(
-                f"diagnostics_every: expected optimizers whose steps can be differentiated; found "
-                f"{type(problem.optimizer).__name__} in level {problem.name!r}. Teach its update with "
-                f"mlo.register_optimizer, or leave the diagnostics out."
-            )
-    return interval
-
-
-def _mean(name: str, values: Sequence[Tensor | float]) -> float:
-    """Average the values that a metric had in a round."""
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MloError(f"metric {name!r}: expected a number or a tensor of one entry; found {values[0]!r}") from error
-    if not all(map(math.isfinite, numbers)):
-        return sum(numbers) / len(numbers)
-    return math.fsum(numbers) / len(numbers)

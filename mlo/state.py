@@ -60,7 +60,7 @@ class LevelState:
         self.scale = LossScale(active=backend.autocast == torch.float16)
         self.steps_taken = 0
 
-    def next_call(self, levels: dict[str, Level], progress: float, backend: Backend, *, recorded: bool) -> Call:
+    def next_call(self, levels: Mapping[str, Level], progress: float, backend: Backend, *, recorded: bool) -> Call:
         """Draw a batch, or several, and return the loss on it, with the random draws of the level's next step.
 
         Args:
@@ -211,6 +211,22 @@ class LevelState:
         self.steps_taken = state["steps_taken"]
         self.scale.value, self.scale.good_steps = state["scale"]
         self.weights = Weights(self.level.variables.parameters, live=True)
+
+
+def check_generators(states: Mapping[str, LevelState]) -> None:
+    """Refuse to save where two levels draw from one generator: neither could be brought back to its position.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    owners: dict[int, str] = {}
+    for name, state in states.items():
+        for generator in state.stream.generators():
+            if owners.setdefault(id(generator), name) != name:
+                raise CheckpointError(
+                    f"data of levels {owners[id(generator)]!r} and {name!r}: expected a generator for each; found "
+                    f"one that both draw from. Give each DataLoader a torch.Generator of its own, or none."
+                )
 
 
 def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:

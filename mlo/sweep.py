@@ -9,17 +9,17 @@ The hypergradient of level u, with E(u) the levels solved inside u:
 
 What a pullback goes through is a *record*: the engine writes down each step that may have to be differentiated
 (`Step`), and which steps made up one solve (`Solve`). A step's direction is the gradient of the level's total objective
-F_p, itself a sweep when levels are solved inside p. `replay` repeats a recorded solve as a pure function of the levels
-above it, so that F_p and its derivatives of any order are at hand. The start of every solve (weights, optimizer state)
-is a constant of the map.
+F_p, itself a sweep when levels are solved inside p. `mlo.replay` repeats a recorded solve as a pure function of the
+levels above it, so that F_p and its derivatives of any order are at hand. The start of every solve (weights, optimizer
+state) is a constant of the map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -96,6 +96,13 @@ class Journal:
         return Journal({pair: dict(memory) for pair, memory in self.memory.items()})
 
 
+class Replay(Protocol):
+    """Repeats a recorded solve with other values of the levels outside it; see `mlo.replay.replay_solve`."""
+
+    def __call__(self, context: Context, solve: Solve, outer: World, *, create_graph: bool) -> Solve:
+        """Return the repeated solve."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What every sweep of one engine needs to know.
@@ -103,12 +110,14 @@ class Context:
     Attributes:
         structure: the order of the levels.
         estimators: of each level.
+        replay: repeats a recorded solve; `mlo.replay.replay_solve`.
         starts: by level, the level whose variables its solves begin at.
         examined: levels whose losses have been found to have second derivatives.
     """
 
     structure: Structure
     estimators: Mapping[str, Estimator]
+    replay: Replay
     starts: Mapping[str, str] = field(default_factory=dict)
     examined: set[str] = field(default_factory=set)
 
@@ -275,7 +284,7 @@ class Step:
     def gradient_at(self, weights: Tensors) -> Gradient:
         """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient."""
         with self._total(self._values((), weights), [self.level]) as found:
-            return _like(self.gradient, found.of[self.level], weights)
+            return like_recorded(self.gradient, found.of[self.level], weights)
 
     def thinned(self) -> Step:
         """Return the step without what `restored` can recompute."""
@@ -320,7 +329,7 @@ class Step:
         if self.inner is None:
             return self.call.differentiated(values, wrt, create_graph=create_graph, replay=self._kept, follows=follows)
         outer = {name: Weights(tensors) for name, tensors in values.items()}
-        repeated = replay_solve(self.context, self.inner, outer, create_graph=create_graph)
+        repeated = self.context.replay(self.context, self.inner, outer, create_graph=create_graph)
         return nullcontext(sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph))
 
     @contextmanager
@@ -524,6 +533,14 @@ def sweep(
     return replace(direct, of={q: total[q] for q in wrt if q in total} | none)
 
 
+def like_recorded(recorded: Gradient, gradient: Gradient, weights: Tensors) -> Gradient:
+    """Give a repeated gradient its zeros and Nones where the recorded one has them."""
+    return tuple(
+        None if r is None else torch.zeros_like(w) if g is None else g
+        for r, g, w in zip(recorded, gradient, weights, strict=True)
+    )
+
+
 def restored(steps: Sequence[Step]) -> list[Step]:
     """Recompute what thin steps left out.
 
@@ -537,135 +554,6 @@ def restored(steps: Sequence[Step]) -> list[Step]:
             after, state = before.update.apply(before.weights, before.gradient, before.update.state)
         world = {**step.world, step.level: Weights(after)}
         found = sweep(step.context, step.call, step.inner, world, [step.level], autocast=True, scale=step.scale)
-        gradient = _like(step.gradient, found.of[step.level], after)
+        gradient = like_recorded(step.gradient, found.of[step.level], after)
         full.append(replace(step, world=world, gradient=gradient, update=replace(step.update, state=state), thin=False))
     return full
-
-
-def replay_solve(context: Context, solve: Solve, outer: World, *, create_graph: bool) -> Solve:
-    """Repeat a recorded solve, from its recorded start, with other values of the levels outside it.
-
-    With `create_graph` the values are the recorded ones, and the result is a differentiable function of `outer`:
-    through the repeated steps, or, for an implicit estimator, by its pullback.
-    """
-    structure = context.structure
-    inside = structure.inside[solve.level]
-    start: dict[str, Weights] = {**solve.start, **{name: w for name, w in outer.items() if name not in inside}}
-    end = dict(start)
-    place = {member.level: index for index, member in enumerate(solve.members)}
-    repeated: dict[str, Member] = {}
-    for level in structure.replay_order[solve.level]:
-        member = solve.members[place[level]]
-        linked = create_graph and context.estimators[level].implicit and bool(member.steps)
-        now = dict(end)
-        for later in solve.members[place[level] + 1 :]:
-            if not linked:  # the steps were taken before the later members moved
-                now.update({q: start[q] for q in (later.level, *structure.inside[later.level])})
-        if linked:
-            new = _link(context, member, solve.end[level].tensors, now)
-        else:
-            new = _replay_member(context, member, now, create_graph=create_graph)
-        end.update({q: now[q] for q in (level, *structure.inside[level])})
-        repeated[level] = new
-    return Solve(solve.level, start, [repeated[member.level] for member in solve.members], end)
-
-
-def _replay_member(context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool) -> Member:
-    """Repeat a member's steps, and bring `now` up to date."""
-    steps: list[Step] = []
-    state: OptimizerState | None = None
-    start = context.starts.get(member.level)
-    began = None if start is None else now[start]
-    if began is not None:
-        now[member.level] = Weights(tuple(t.detach() for t in began.tensors) if began.live else began.tensors)
-    for step in member.steps:
-        repeated, after, state = _replay_step(context, step, now, state, create_graph=create_graph)
-        steps.append(repeated)
-        if repeated.inner is not None:
-            now.update({q: repeated.inner.end[q] for q in context.structure.inside[member.level]})
-        now[member.level] = Weights(after)
-    final = _replay_final(context, member, now, create_graph=create_graph)
-    return Member(member.level, steps, final, began, member.complete)
-
-
-def _replay_final(context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool) -> Solve | None:
-    if member.final is None:
-        return None
-    final = replay_solve(context, member.final, now, create_graph=create_graph)
-    now.update({q: final.end[q] for q in context.structure.inside[member.level]})
-    return final
-
-
-def _link(context: Context, member: Member, after: Tensors, now: dict[str, Weights]) -> Member:
-    """Make a member's variables `after` its steps a function of what it responds to; bring `now` up to date."""
-    level, outer = member.level, dict(now)
-    estimator, recorded = context.estimators[level], member.steps[-1]
-    targets = tuple(q for q in context.structure.responds_to[level] if any(t.requires_grad for t in outer[q].tensors))
-
-    def last_step(*, create_graph: bool) -> Step:
-        """Repeat the last recorded step from variables that are a function of what the level responds to."""
-        before = tuple(t.detach() for t in recorded.weights)
-        world = {**outer, level: Weights(respond(before) if create_graph else before)}
-        inner = None
-        if recorded.inner is not None:
-            inner = replay_solve(context, recorded.inner, world, create_graph=create_graph)
-            world.update({q: inner.end[q] for q in context.structure.inside[level]})
-        return replace(recorded, context=context, world=world, inner=inner, calls=None, create_graph=create_graph)
-
-    def pull_back(cotangent: Tensors) -> Gradient:
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            step = last_step(create_graph=create_graph)
-            found = estimator.pullback(cotangent, Response(level, targets, (step,), step.world))
-        return tuple(g for q in targets for g in found.get(q, (None,) * len(outer[q].tensors)))
-
-    def respond(values: Tensors) -> Tensors:
-        inputs = [t for q in targets for t in outer[q].tensors]
-        return tuple(_Linked.apply(pull_back, len(values), *values, *inputs)) if inputs else values
-
-    now[level] = Weights(respond(tuple(t.detach() for t in after)))
-    step = last_step(create_graph=True)
-    return Member(level, (step,), _replay_final(context, member, now, create_graph=True))
-
-
-class _Linked(torch.autograd.Function):
-    """Values that are a function of `inputs`, known by its pullback."""
-
-    @staticmethod
-    def forward(ctx: Any, pull_back: Callable[[Tensors], Gradient], count: int, *tensors: torch.Tensor) -> Tensors:
-        """Return the values, the first `count` of `tensors`."""
-        ctx.pull_back, ctx.count = pull_back, count
-        return tuple(t.clone() for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        """Pull cotangents of the values back onto the inputs, differentiably if asked for."""
-        return None, None, *(None,) * ctx.count, *ctx.pull_back(cotangents)
-
-
-def _replay_step(
-    context: Context, step: Step, now: World, state: OptimizerState | None, *, create_graph: bool
-) -> tuple[Step, Tensors, OptimizerState]:
-    inner, world = None, dict(now)
-    if step.inner is not None:
-        inner = replay_solve(context, step.inner, now, create_graph=create_graph)
-        world.update({q: inner.end[q] for q in context.structure.inside[step.level]})
-    found = sweep(context, step.call, inner, world, [step.level], create_graph=create_graph)
-    weights = now[step.level].tensors
-    gradient = _like(step.gradient, found.of[step.level], weights)
-    values = {name: w.tensors for name, w in world.items() if not w.live}
-    options = step.call.hyperparameters(values, create_graph=create_graph)
-    update = replace(step.update, state=step.update.state if state is None else state, hyperparameters=options)
-    after, new_state = update.apply(weights, gradient, update.state)
-    if not create_graph:
-        after = tuple(t.detach() for t in after)
-        new_state = tuple({name: t.detach() for name, t in own.items()} for own in new_state)
-    return Step(context, step.call, world, gradient, update, inner, None, create_graph), after, new_state
-
-
-def _like(recorded: Gradient, gradient: Gradient, weights: Tensors) -> Gradient:
-    """Give a repeated gradient its zeros and Nones where the recorded one has them."""
-    return tuple(
-        None if r is None else torch.zeros_like(w) if g is None else g
-        for r, g, w in zip(recorded, gradient, weights, strict=True)
-    )

@@ -6,17 +6,20 @@ A callback is any object with `on_round(report)`; `Engine.run(callbacks=[...])` 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mlo.errors import MloError
 from mlo.files import write_text
 
 Metrics = Mapping[str, float]
@@ -150,6 +153,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, object]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def mean(name: str, values: Sequence[Tensor | float]) -> float:
+    """Average the values that a metric had in a round.
+
+    Raises:
+        MloError: one is no number.
+    """
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MloError(f"metric {name!r}: expected a number or a tensor of one entry; found {values[0]!r}") from error
+    if not all(map(math.isfinite, numbers)):
+        return sum(numbers) / len(numbers)
+    return math.fsum(numbers) / len(numbers)
 
 
 def summary(metrics: Metrics) -> str:
