@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlo.errors import MloError
 from mlo.hypergradients.base import Claim
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.implicit import Implicit, System
@@ -29,7 +30,7 @@ class Nystrom(Implicit):
 
     Args:
         rank: at least 1.
-        damping: positive.
+        damping: added to the eigenvalues; positive, or 0 for a rank of at least the number of weights.
 
     Raises:
         MloError: an argument is out of range.
@@ -44,7 +45,7 @@ class Nystrom(Implicit):
 
     def __post_init__(self) -> None:
         check_count(self, "rank")
-        check_number(self, "damping", allow_zero=False)
+        check_number(self, "damping", allow_zero=True)
 
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
         """Approximate: of low rank, and damped."""
@@ -55,6 +56,11 @@ class Nystrom(Implicit):
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Draw the directions, keyed by the step, and invert."""
+        if self.damping == 0 and self.rank < b.numel():
+            raise MloError(
+                f"level {response.level!r}, Nystrom: expected a positive damping, by which what the rank leaves out is "
+                f"divided; found 0 at rank {self.rank} of {b.numel()}. Give a damping, or the full rank."
+            )
         if not bool(b.any()):
             return Solution(torch.zeros_like(b))
         generator = torch.Generator().manual_seed(system.key)

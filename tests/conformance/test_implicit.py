@@ -44,6 +44,26 @@ def test_oracles(name, steps, rate, estimator):
     assert relative_error(engine.hypergradient(upper)["w"], data["hypergradient"]) < 1e-8
 
 
+def test_penalty_on_the_oracles():
+    for name, enough, rate in ORACLES:
+        data = oracle(name)
+        steps = 12 if name == "trilevel_nest_implicit" else enough  # every step of the middle level re-solves
+        engine = quadratic_engine(data, mlo.Penalty(steps=steps), sgd_of(rate), steps)
+        assert relative_error(engine.hypergradient(f"l{data['upper']}")["w"], data["hypergradient"]) < 1e-4
+
+
+def test_nystrom_needs_no_damping_at_full_rank():
+    data = oracle("bilevel_implicit")
+    full, low = (quadratic_engine(data, mlo.Nystrom(rank=rank, damping=0), sgd_of(0.4), 120) for rank in (1000, 2))
+    assert relative_error(full.hypergradient("l1")["w"], data["hypergradient"]) < 1e-9
+    with pytest.raises(mlo.MloError, match=r"level 'l0', Nystrom: expected a positive damping.*rank 2 of \d"):
+        low.hypergradient("l1")
+
+
+def sgd_of(rate):
+    return lambda _, module: torch.optim.SGD(module.parameters(), lr=rate)
+
+
 CASES = [
     (shape, kind, decay)
     for shape in GRAPHS
@@ -305,7 +325,7 @@ def test_weight_decay_of_an_unknown_kind_is_refused():
         (lambda: mlo.Neumann(scale="big"), "scale must be a positive number or 'auto'; found 'big'"),
         (lambda: mlo.Neumann(scale=0), "scale must be a positive number or 'auto'; found 0"),
         (lambda: mlo.Nystrom(rank=2.0), "Nystrom: rank must be a whole number of at least 1; found 2.0"),
-        (lambda: mlo.Nystrom(damping=0), "Nystrom: damping must be a positive number; found 0"),
+        (lambda: mlo.Nystrom(damping=-1), "Nystrom: damping must be a number of at least 0; found -1"),
     ],
 )
 def test_arguments_out_of_range(build, message):
