@@ -15,7 +15,7 @@ SHAPES = ("bilevel", "lbt", "nest", "diamond", "chain")
 STEPS_TAKEN = {  # estimator, tolerance
     "unroll": (mlo.Unroll(), 1e-9),
     "unroll-checkpoint": (mlo.Unroll(checkpoint=True), 1e-9),
-    "finite_difference": (mlo.FiniteDifference(radius=1e-4, last=None), 1e-6),  # radius^2 and 1e-16 / radius, times 100
+    "finite_difference": (mlo.FiniteDifference(radius=1e-4, last=None), 1e-7),  # 10 radius^2
 }
 IMPLICIT = {  # estimator, steps of each lower level, tolerance
     "cg": (mlo.ConjugateGradient(tolerance=1e-12), 18, 1e-6),

@@ -109,17 +109,16 @@ def test_the_number_of_calls_is_linear_in_the_levels():
 
 
 def test_the_time_is_linear_in_the_levels():
-    def seconds(num):
-        engine = Diamonds(num).engine()
-        engine.hypergradient("top")
-        taken = []
-        for _ in range(3):
-            start = time.perf_counter()
+    """Time of the processor, best of three, taken in turns: other processes matter less."""
+    engines = {num: Diamonds(num).engine() for num in (16, 64)}
+    taken = {num: [] for num in engines}
+    for _ in range(4):
+        for num, engine in engines.items():
+            start = time.process_time()
             engine.hypergradient("top")
-            taken.append(time.perf_counter() - start)
-        return min(taken)
-
-    assert seconds(64) / seconds(16) < 4 * 1.8
+            taken[num].append(time.process_time() - start)
+    fewer, more = (min(times[1:]) for times in taken.values())  # the first also traces what each loss reads
+    assert more / fewer < 4 * 1.8
 
 
 @pytest.mark.parametrize("num", [1, 8])
