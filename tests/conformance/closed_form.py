@@ -14,6 +14,18 @@ import mlo
 
 from .quadratics import Vector
 
+GRAPHS = {  # level -> what it reads
+    "bilevel": {0: {1}, 1: {0}},
+    "chain": {0: {1}, 1: {0, 2}, 2: {1}},
+    "diamond": {0: {3}, 1: {0, 3}, 2: {0, 3}, 3: {1, 2}},
+    "lbt": {0: {2}, 1: {0}, 2: {0, 1}},
+    "nest": {0: {1, 2}, 1: {0, 2}, 2: {0, 1}},
+    "nest in a nest": {0: {1, 2, 3}, 1: {0, 2, 3}, 2: {0, 1, 3}, 3: {0, 1, 2}},
+    "two nests side by side": {0: {1}, 1: {0, 4}, 2: {3, 4}, 3: {2, 4, 1}, 4: {1, 3}},
+    "a lower level that responds to a later one": {0: {1, 3}, 1: {2, 3}, 2: {3}, 3: {0, 1, 2}},
+    "the same inside a nest": {0: {1, 2}, 1: {2}, 2: {0, 1, 3}, 3: {0, 2}},
+}
+
 
 @dataclass
 class ClosedForm:
@@ -73,7 +85,7 @@ class ClosedForm:
         found = (q @ w + b)[self.block(u)]
         return found - self.decay[u] * w[self.block(u)]  # without the level's own weight decay
 
-    def engine(self, w, estimators, optimizer, **options):
+    def engine(self, w, estimators, optimizer, steps=1, **options):
         def loss(p):
             read = sorted({p, *self.reads[p]})
             index = torch.cat([torch.arange(sum(self.dims))[self.block(r)] for r in read])
@@ -87,7 +99,7 @@ class ClosedForm:
 
         modules = [Vector(w[self.block(p)].tolist()) for p in range(len(self.dims))]
         problems = [
-            mlo.Problem(f"l{p}", m, loss(p), optimizer(p, m), None, hypergradient=estimators[p])
+            mlo.Problem(f"l{p}", m, loss(p), optimizer(p, m), None, hypergradient=estimators[p], steps=steps)
             for p, m in enumerate(modules)
         ]
         edges = [mlo.Edge(f"l{s}", f"l{t}") for t in sorted(self.reads) for s in sorted(self.reads[t])]

@@ -1,4 +1,4 @@
-"""Random graphs of small tanh networks, declared twice: for the package and for the reference."""
+"""Random or given graphs of small tanh networks, declared twice: for the package and for the reference."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ import mlo
 
 from .reference import Reference, ReferenceLevel
 
-OPTIMIZERS = (
-    {"kind": "sgd", "lr": 0.3},
-    {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.02, "dampening": 0.2},
-    {"kind": "sgd", "lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
-    {"kind": "adam", "lr": 0.05, "weight_decay": 0.03, "eps": 1e-4},
-    {"kind": "adamw", "lr": 0.05, "weight_decay": 0.2, "eps": 1e-4},
-)
+OPTIMIZERS = {
+    "sgd": {"kind": "sgd", "lr": 0.3},
+    "momentum": {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.02, "dampening": 0.2},
+    "nesterov": {"kind": "sgd", "lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+    "adam": {"kind": "adam", "lr": 0.05, "weight_decay": 0.03, "eps": 1e-4},
+    "adamw": {"kind": "adamw", "lr": 0.05, "weight_decay": 0.2, "eps": 1e-4},
+}
+
+
+def build_optimizer(options, module):
+    options = dict(options)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.pop("kind")]
+    return kind(module.parameters(), **options)
+
+
+def flat(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 @dataclass
@@ -54,7 +64,7 @@ class RandomGraph:
                 name,
                 self.modules[name],
                 declared(name),
-                self.optimizer(name),
+                build_optimizer(self.options[name], self.modules[name]),
                 self.batches[name],
                 hypergradient=estimators[name] if isinstance(estimators, dict) else estimators,
                 steps=self.steps[name],
@@ -64,11 +74,6 @@ class RandomGraph:
         ]
         edges = [mlo.Edge(source, target) for target in self.names for source in sorted(self.reads[target])]
         return mlo.Engine(mlo.Graph(problems, edges), seed=seed, device="cpu", **options)
-
-    def optimizer(self, name):
-        options = dict(self.options[name])
-        kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.pop("kind")]
-        return kind(self.modules[name].parameters(), **options)
 
     def reference(self, engine: mlo.Engine) -> Reference:
         """The reference, from the state that the engine is in."""
@@ -117,6 +122,27 @@ def draw_graph(seed: int, num_levels: int, *, density: float = 0.6, nested: bool
         has_nest = any(q in probe.inside(p) and probe.inside(q) for p in names for q in names)
         if influences and probe.inside(names[-1]) and has_nest == nested:
             break
+    return build_graph(
+        seed,
+        reads,
+        {n: rng.choice(tuple(OPTIMIZERS.values())) for n in names},
+        {n: rng.choice((1, 2, 3)) if num_levels < 4 else rng.choice((1, 2)) for n in names},
+        clips={n: rng.choice((None, 0.3)) for n in names},
+        num_batches={n: rng.choice((1, 2, 3)) for n in names},
+    )
+
+
+def build_graph(seed, reads, options, steps, *, clips, num_batches) -> RandomGraph:
+    """Build a graph of a given shape, with random networks and batches.
+
+    Args:
+        seed: of the networks and batches.
+        reads: for each level, lowest first, the levels that it reads.
+        options: of each level's optimizer.
+        steps: of each level.
+        clips: the norm that each level's gradient is clipped to, or None.
+        num_batches: of each level.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def network():
@@ -130,15 +156,9 @@ def draw_graph(seed: int, num_levels: int, *, density: float = 0.6, nested: bool
         x = torch.randn(4, 2, generator=generator, dtype=torch.float64)
         return x, torch.randn(4, 2, generator=generator, dtype=torch.float64)
 
-    return RandomGraph(
-        names,
-        reads,
-        {n: network() for n in names},
-        {n: dict(rng.choice(OPTIMIZERS)) for n in names},
-        {n: rng.choice((1, 2, 3)) if num_levels < 4 else rng.choice((1, 2)) for n in names},
-        {n: rng.choice((None, 0.3)) for n in names},
-        {n: [batch() for _ in range(rng.choice((1, 2, 3)))] for n in names},
-    )
+    modules = {n: network() for n in reads}
+    batches = {n: [batch() for _ in range(num_batches[n])] for n in reads}
+    return RandomGraph(list(reads), reads, modules, options, steps, clips, batches)
 
 
 def _reaches_above(names, reads, start):

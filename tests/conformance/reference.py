@@ -120,6 +120,11 @@ class Reference:
         """F_name, differentiable in values[name]; the first call fixes the starts of all solves in it."""
         return self.objective(name, values, dict(self.drawn), dict(self.states), (name,))[0]
 
+    def hypergradient(self, name: str, values: Values) -> list[Tensor]:
+        own = [t.detach().requires_grad_() for t in values[name]]
+        found = torch.autograd.grad(self.total(name, values | {name: own}), own, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for g, w in zip(found, own, strict=True)]
+
 
 def detach(states):
     return [{k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for s in states]

@@ -5,7 +5,7 @@ import torch
 
 import mlo
 
-from .closed_form import draw
+from .closed_form import GRAPHS, draw
 from .quadratics import oracle, quadratic_engine, relative_error
 
 ESTIMATORS = {
@@ -19,16 +19,6 @@ ORACLES = [
     ("fourlevel_diamond_implicit", 120, 0.4),
     ("trilevel_nest_implicit", 25, 0.62),
 ]
-GRAPHS = {  # level -> what it reads
-    "chain": {0: {1}, 1: {0, 2}, 2: {1}},
-    "diamond": {0: {3}, 1: {0, 3}, 2: {0, 3}, 3: {1, 2}},
-    "lbt": {0: {2}, 1: {0}, 2: {0, 1}},
-    "nest": {0: {1, 2}, 1: {0, 2}, 2: {0, 1}},
-    "nest in a nest": {0: {1, 2, 3}, 1: {0, 2, 3}, 2: {0, 1, 3}, 3: {0, 1, 2}},
-    "two nests side by side": {0: {1}, 1: {0, 4}, 2: {3, 4}, 3: {2, 4, 1}, 4: {1, 3}},
-    "a lower level that responds to a later one": {0: {1, 3}, 1: {2, 3}, 2: {3}, 3: {0, 1, 2}},
-    "the same inside a nest": {0: {1, 2}, 1: {2}, 2: {0, 1, 3}, 3: {0, 2}},
-}
 
 
 def sgd(_, module, **options):

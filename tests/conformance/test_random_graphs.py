@@ -5,7 +5,7 @@ import torch
 
 import mlo
 
-from .random_graphs import draw_graph
+from .random_graphs import draw_graph, flat
 
 CASES = [
     (levels, nested, seed)
@@ -14,15 +14,14 @@ CASES = [
 ]
 
 
-def flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize(("num_levels", "nested", "seed"), CASES)
-def test_unroll_is_the_derivative_of_the_steps_taken(num_levels, nested, seed):
+def test_unroll_is_the_derivative_of_the_steps_taken(num_levels, nested, seed, checkpoint):
     graph = draw_graph(seed, num_levels, nested=nested)
-    engine = graph.engine(mlo.Unroll())
-    engine.run(2, progress=False)
+    if checkpoint:  # so that of every solve's steps some are recomputed
+        graph.steps = {name: steps + 1 for name, steps in graph.steps.items()}
+    engine = graph.engine(mlo.Unroll(checkpoint=checkpoint))
+    engine.run(3, progress=False)
     top = graph.names[-1]
     lower_tops = [name for name in engine.graph.structure.tops if name != top]
     found = flat(engine.hypergradient(top).values())
@@ -35,20 +34,19 @@ def test_unroll_is_the_derivative_of_the_steps_taken(num_levels, nested, seed):
     reference.drawn, reference.states = counts, states
     values = {name: [t.detach() for t in tensors] for name, tensors in values.items()}
 
-    own = [t.requires_grad_() for t in values[top]]
-    exact = torch.autograd.grad(reference.total(top, values), own, allow_unused=True)
-    exact = flat([torch.zeros_like(w) if g is None else g for g, w in zip(exact, own, strict=True)])
+    exact = flat(reference.hypergradient(top, values))
     assert float((found - exact).norm() / exact.norm()) < 1e-9
 
     # The black box: move the upper variables, take the lower steps again from the same starts.
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(exact.shape, generator=generator, dtype=torch.float64)
+    own = values[top]
     pieces = [d.view_as(w) for d, w in zip(direction.split([w.numel() for w in own]), own, strict=True)]
     radius = 1e-6
     sides = [
         float(
             reference.total(
-                top, values | {top: [w.detach() + s * radius * d for w, d in zip(own, pieces, strict=True)]}
+                top, values | {top: [w + s * radius * d for w, d in zip(own, pieces, strict=True)]}
             ).detach()
         )
         for s in (1, -1)
