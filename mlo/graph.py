@@ -212,7 +212,7 @@ class Graph:
                     f"the optimizer, teach its update with mlo.register_optimizer, or choose an estimator that does "
                     f"not need it."
                 )
-            if uppers and implicit and not problem.hypergradient.needs_update_rule:
+            if uppers and implicit:
                 determined = {"weight_decay": 1.0} if "weight_decay" in problem.hyperparameters else {}
                 for group in problem.optimizer.param_groups:
                     try:

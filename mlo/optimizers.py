@@ -242,9 +242,9 @@ class Update:
                 new_state[i] = {name: tensors[position] for name, tensors in pieces.items()}
         return tuple(new_weights), tuple(new_state)
 
-    def following(self) -> Update:
-        """Return the same update one step later, from a state that this one left."""
-        later = tuple(replace(b, options={**b.options, "step": b.options["step"] + 1}) for b in self.buckets)
+    def following(self, num_steps: int = 1) -> Update:
+        """Return the same update some steps later, from a state that this one left."""
+        later = tuple(replace(b, options={**b.options, "step": b.options["step"] + num_steps}) for b in self.buckets)
         return replace(self, buckets=later)
 
     def pull_back(

@@ -16,18 +16,23 @@ import torch
 from mlo.autodiff import Gradient
 from mlo.levels import Tensors
 from mlo.optimizers import OptimizerState
-from mlo.sweep import Context, Member, Response, Solve, Step, Weights, World, like_recorded, sweep
+from mlo.sweep import Context, End, Ends, Member, Response, Solve, Step, Weights, World, like_recorded, sweep
 
 
-def replay_solve(context: Context, solve: Solve, outer: World, *, create_graph: bool) -> Solve:
+def replay_solve(
+    context: Context, solve: Solve, outer: World, *, create_graph: bool, ends: Ends | None = None
+) -> Solve:
     """Repeat a recorded solve, from its recorded start, with other values of the levels outside it.
 
     With `create_graph` the values are the recorded ones, and the result is a differentiable function of `outer`:
-    through the repeated steps, or, for an implicit estimator, by its pullback.
+    through the repeated steps, or, for an implicit estimator, by its pullback. Without it, the levels can go on from
+    `ends`, which are brought up to date, instead of from the recorded start.
     """
     structure = context.structure
     inside = structure.inside[solve.level]
     start: dict[str, Weights] = {**solve.start, **{name: w for name, w in outer.items() if name not in inside}}
+    if ends is not None and not create_graph:
+        start.update({q: Weights(ends[q].weights) for q in inside if q in ends})
     end = dict(start)
     place = {member.level: index for index, member in enumerate(solve.members)}
     repeated: dict[str, Member] = {}
@@ -41,34 +46,44 @@ def replay_solve(context: Context, solve: Solve, outer: World, *, create_graph: 
         if linked:
             new = _link(context, member, solve.end[level].tensors, now)
         else:
-            new = _replay_member(context, member, now, create_graph=create_graph)
+            new = _replay_member(context, member, now, create_graph=create_graph, ends=ends)
         end.update({q: now[q] for q in (level, *structure.inside[level])})
         repeated[level] = new
     return Solve(solve.level, start, [repeated[member.level] for member in solve.members], end)
 
 
-def _replay_member(context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool) -> Member:
+def _replay_member(
+    context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool, ends: Ends | None
+) -> Member:
     """Repeat a member's steps, and bring `now` up to date."""
     steps: list[Step] = []
     state: OptimizerState | None = None
+    num_steps = 0
     start = context.starts.get(member.level)
     began = None if start is None else now[start]
     if began is not None:
         now[member.level] = Weights(tuple(t.detach() for t in began.tensors) if began.live else began.tensors)
+    elif ends is not None and not create_graph and member.level in ends:
+        state, num_steps = ends[member.level].state, ends[member.level].num_steps
     for step in member.steps:
-        repeated, after, state = _replay_step(context, step, now, state, create_graph=create_graph)
+        later = replace(step, update=step.update.following(num_steps)) if num_steps else step
+        repeated, after, state = _replay_step(context, later, now, state, create_graph=create_graph, ends=ends)
         steps.append(repeated)
         if repeated.inner is not None:
             now.update({q: repeated.inner.end[q] for q in context.structure.inside[member.level]})
         now[member.level] = Weights(after)
-    final = _replay_final(context, member, now, create_graph=create_graph)
+    if ends is not None and state is not None:
+        ends[member.level] = End(now[member.level].tensors, state, num_steps + len(steps))
+    final = _replay_final(context, member, now, create_graph=create_graph, ends=ends)
     return Member(member.level, steps, final, began, member.complete)
 
 
-def _replay_final(context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool) -> Solve | None:
+def _replay_final(
+    context: Context, member: Member, now: dict[str, Weights], *, create_graph: bool, ends: Ends | None = None
+) -> Solve | None:
     if member.final is None:
         return None
-    final = replay_solve(context, member.final, now, create_graph=create_graph)
+    final = replay_solve(context, member.final, now, create_graph=create_graph, ends=ends)
     now.update({q: final.end[q] for q in context.structure.inside[member.level]})
     return final
 
@@ -121,11 +136,11 @@ class _Linked(torch.autograd.Function):
 
 
 def _replay_step(
-    context: Context, step: Step, now: World, state: OptimizerState | None, *, create_graph: bool
+    context: Context, step: Step, now: World, state: OptimizerState | None, *, create_graph: bool, ends: Ends | None
 ) -> tuple[Step, Tensors, OptimizerState]:
     inner, world = None, dict(now)
     if step.inner is not None:
-        inner = replay_solve(context, step.inner, now, create_graph=create_graph)
+        inner = replay_solve(context, step.inner, now, create_graph=create_graph, ends=ends)
         world.update({q: inner.end[q] for q in context.structure.inside[step.level]})
     found = sweep(context, step.call, inner, world, [step.level], create_graph=create_graph)
     weights = now[step.level].tensors

@@ -96,10 +96,25 @@ class Journal:
         return Journal({pair: dict(memory) for pair, memory in self.memory.items()})
 
 
+@dataclass(frozen=True)
+class End:
+    """Where repeated steps left a level: its variables, its optimizer's state, and how many steps they were."""
+
+    weights: Tensors
+    state: OptimizerState
+    num_steps: int
+
+
+Ends = MutableMapping[str, End]
+"""Where the levels inside a level were left, for the next repetition to go on from; brought up to date by it."""
+
+
 class Replay(Protocol):
     """Repeats a recorded solve with other values of the levels outside it; see `mlo.replay.replay_solve`."""
 
-    def __call__(self, context: Context, solve: Solve, outer: World, *, create_graph: bool) -> Solve:
+    def __call__(
+        self, context: Context, solve: Solve, outer: World, *, create_graph: bool, ends: Ends | None = None
+    ) -> Solve:
         """Return the repeated solve."""
 
 
@@ -266,24 +281,42 @@ class Step:
         change = self.change(side(-1.0), side(1.0), targets)
         return {q: tuple(t / (2 * length).to(t.dtype) for t in tensors) for q, tensors in change.items()}
 
-    def change(self, before: Tensors, after: Tensors, targets: Sequence[str]) -> dict[str, Tensors]:
+    def change(
+        self,
+        before: Tensors,
+        after: Tensors,
+        targets: Sequence[str],
+        ends: tuple[Ends | None, Ends | None] = (None, None),
+    ) -> dict[str, Tensors]:
         """Return dF_p/dw_q at w_p = `after` less that at w_p = `before`, for each level q of `targets`.
 
         First derivatives only, at any depth.
+
+        Args:
+            before: weights of the level.
+            after: the same.
+            targets: the levels.
+            ends: for each of the two, as for `gradient_at`.
         """
         sides: list[Gradient] = []
         inputs: dict[str, Tensors] = {}
-        for weights in (before, after):
+        for weights, own in zip((before, after), ends, strict=True):
             values = self._values(targets, weights)
             inputs = self._inputs(values, targets)
-            with self._total(values, targets) as found:
+            with self._total(values, targets, ends=own) as found:
                 sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
         change = tuple(None if a is None or b is None else a - b for b, a in zip(*sides, strict=True))
         return self._split(change, inputs)
 
-    def gradient_at(self, weights: Tensors) -> Gradient:
-        """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient."""
-        with self._total(self._values((), weights), [self.level]) as found:
+    def gradient_at(self, weights: Tensors, ends: Ends | None = None) -> Gradient:
+        """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient.
+
+        Args:
+            weights: of the level.
+            ends: where the levels inside go on from, instead of the start of the recorded solve; brought up to date, so
+                that they converge over many calls however few their steps are.
+        """
+        with self._total(self._values((), weights), [self.level], ends=ends) as found:
             return like_recorded(self.gradient, found.of[self.level], weights)
 
     def thinned(self) -> Step:
@@ -323,13 +356,14 @@ class Step:
         *,
         create_graph: bool = False,
         follows: Sequence[str] = (),
+        ends: Ends | None = None,
     ) -> AbstractContextManager[Gradients]:
         """Total derivatives of F_p at any values; without a nest, everything stays in force within the block."""
         create_graph = create_graph or self.create_graph
         if self.inner is None:
             return self.call.differentiated(values, wrt, create_graph=create_graph, replay=self._kept, follows=follows)
         outer = {name: Weights(tensors) for name, tensors in values.items()}
-        repeated = self.context.replay(self.context, self.inner, outer, create_graph=create_graph)
+        repeated = self.context.replay(self.context, self.inner, outer, create_graph=create_graph, ends=ends)
         return nullcontext(sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph))
 
     @contextmanager

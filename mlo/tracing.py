@@ -26,15 +26,16 @@ def trace(
     Raises:
         GraphError: a loss reads a level without an edge, does not read one that it has an edge to, or depends on none.
     """
-    for name, state in states.items():
-        accessed: set[str] = set()
-        with state.stream.rewound(), ExitStack() as stack:
-            for level in levels.values():
-                stack.enter_context(level.buffers.watched())
-                stack.enter_context(level.buffers.held())
-            call = state.next_call(levels, progress, backend, recorded=False)
-            call.hyperparameters({}, accessed=accessed)
-            loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
+    with ExitStack() as stack:
+        for level in levels.values():
+            stack.enter_context(level.buffers.watched())
+            stack.enter_context(level.buffers.held())
+        for name, state in states.items():
+            accessed: set[str] = set()
+            with state.stream.rewound():
+                call = state.next_call(levels, progress, backend, recorded=False)
+                call.hyperparameters({}, accessed=accessed)
+                loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
             graph.check_reads(name, sorted(accessed))
             if not loss.requires_grad:
                 raise GraphError(
@@ -47,11 +48,13 @@ def trace(
 
 def _check_closure(levels: Mapping[str, Level], name: str, loss: Tensor) -> None:
     """Refuse a loss that depends on a level that it did not read through `levels`."""
-    for other in levels.values():
-        if other.name == name or other.name in levels[name].reads:
-            continue
-        found = torch.autograd.grad(loss, other.variables.parameters, retain_graph=True, allow_unused=True)
-        if any(g is not None for g in found):
+    foreign = [other for other in levels.values() if other.name not in {name, *levels[name].reads}]
+    owned = [(other, p) for other in foreign for p in other.variables.parameters]
+    if not owned:
+        return
+    found = torch.autograd.grad(loss, [p for _, p in owned], allow_unused=True)
+    for (other, _), gradient in zip(owned, found, strict=True):
+        if gradient is not None:
             raise GraphError(
                 f"the loss of level {name!r} depends on the variables of level {other.name!r} without an edge: it "
                 f"uses the module itself. Declare mlo.Edge({other.name!r}, {name!r}) and read levels.{other.name}."

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Gradient, add, dense
+from mlo.autodiff import Gradient, add, dense, norm
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.levels import Tensors
-from mlo.sweep import Response, Step
+from mlo.sweep import End, Response, Step
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class Penalty(Hypergradient):
     converged on that batch, as strength and steps -> infinity; with too few steps to forget their start, what has not
     been forgotten is missing (for plain SGD: Neumann's series with as many terms).
 
+    Reports as a metric of the level, each round: `penalty_residual`, norm(H x - a_p) / norm(a_p) for the x that the two
+    solves amount to; a warning says where it is above a half.
+
     Needs no second derivative, so that it works under `torch.compile` and with kernels that have none, such as flash
-    attention; and no curvature product at any depth: in a nest the levels inside are solved again at every step. The
+    attention; and no curvature product at any depth: in a nest the levels inside go on being solved at every step. The
     choice where second derivatives are not to be had; elsewhere `ConjugateGradient` is cheaper and has no strength.
 
     Rounding: the machine epsilon times strength times norm(dF_p/dw_q); in float32 keep to a strength of about 100.
@@ -40,21 +44,26 @@ class Penalty(Hypergradient):
     Args:
         strength: divides the cotangent, positive; larger is more exact, until rounding shows.
         steps: of each of the two solves, at least 1.
+        learning_rate: of the two solves; None for that of the level's last step, which a schedule may have brought down
+            to where nothing moves any more.
 
     Raises:
         MloError: an argument is out of range.
 
     Example:
         >>> Penalty(steps=10)
-        Penalty(strength=100.0, steps=10)
+        Penalty(strength=100.0, steps=10, learning_rate=None)
     """
 
     strength: float = 100.0
     steps: int = 50
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_number(self, "strength", allow_zero=False)
         check_count(self, "steps")
+        if self.learning_rate is not None:
+            check_number(self, "learning_rate", allow_zero=False)
 
     @property
     def recorded_steps(self) -> int:
@@ -77,35 +86,80 @@ class Penalty(Hypergradient):
         if not response.targets or not response.steps:
             return {}
         step = response.last_step()
+        if self.learning_rate is not None:
+            rate = step.weights[0].new_tensor(self.learning_rate)
+            update = replace(step.update, hyperparameters={**step.update.hyperparameters, "lr": rate})
+            step = replace(step, update=update)
         signs = step.update.signs()
         tilt: Gradient = tuple(a * signs[i] / self.strength if i in signs else None for i, a in enumerate(cotangent))
-        ends = [self._solve(step, tilt, side) for side in (1.0, -1.0)]
+        solutions = [self._solve(step, tilt, side) for side in (1.0, -1.0)]
+        self._report(step, tilt, solutions, response)
         # Where the optimizer maximizes, F_p = -L_p: the way from one end to the other is then the other way round.
-        pairs = [p if signs.get(i, 1.0) > 0 else p[::-1] for i, p in enumerate(zip(*ends, strict=True))]
+        pairs = [(s.weights[i] for s in solutions[:: int(signs.get(i, 1.0))]) for i in range(len(step.weights))]
         above, below = zip(*pairs, strict=True)
-        found = step.change(below, above, response.targets)
-        decay = step.pull_back_hyperparameters(_decay_change(step, *ends), response.targets)
+        found = step.change(below, above, response.targets, (solutions[1].ends, solutions[0].ends))
+        decay = step.pull_back_hyperparameters(_decay_change(step, solutions), response.targets)
         change = {q: dense(add(c, decay[q]), c) if q in decay else c for q, c in found.items()}
         return {q: tuple(t * (self.strength / 2) for t in tensors) for q, tensors in change.items()}
 
-    def _solve(self, step: Step, tilt: Gradient, side: float) -> Tensors:
+    def _solve(self, step: Step, tilt: Gradient, side: float) -> _Solution:
         """Take the level's steps with a tilted objective."""
         weights, state, update = step.weights, step.update.state, step.update
+        ends: dict[str, End] = {}
+        found: Gradient = ()
+        last = weights
         for _ in range(self.steps):
-            found = step.gradient_at(weights)
+            last, found = weights, step.gradient_at(weights, ends)
             with torch.set_grad_enabled(step.create_graph):
                 tilted = tuple(
                     None if g is None else g if t is None else g + side * t for g, t in zip(found, tilt, strict=True)
                 )
                 weights, state = update.apply(weights, tilted, state)
                 update = update.following()
-        return weights
+        return _Solution(weights, ends, last, found)
+
+    def _report(self, step: Step, tilt: Gradient, solutions: Sequence[_Solution], response: Response) -> None:
+        """Report how far the solves are from the end: norm(H x - a_p) / norm(a_p) for the x that they amount to."""
+        above, below = solutions
+        left, whole = [], []
+        with torch.no_grad():
+            decays = step.update.decays()
+            for i, t in enumerate(tilt):
+                up, down = above.gradient[i], below.gradient[i]
+                if t is None or up is None or down is None:
+                    continue
+                sign = step.update.signs()[i]
+                decay = sign * decays[i] * (above.last[i] - below.last[i])
+                left.append((up - down + decay) / 2 + t)
+                whole.append(t)
+            if not whole or not bool(norm(whole)):
+                return
+            residual = float(norm(left) / norm(whole))
+        response.report("penalty_residual", residual)
+        if not residual < 0.5:  # without figures in its text, so that it is shown once
+            warnings.warn(
+                f"level {response.level!r}, Penalty: its solves are far from their ends (metric penalty_residual). "
+                f"Take more steps, or give a larger learning_rate.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
-def _decay_change(step: Step, above: Tensors, below: Tensors) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Solution:
+    """Where a tilted solve ended, and the gradient of F_p (without the tilt) before its last step."""
+
+    weights: Tensors
+    ends: dict[str, End]
+    last: Tensors
+    gradient: Gradient
+
+
+def _decay_change(step: Step, solutions: Sequence[_Solution]) -> dict[str, Tensor]:
     """Return the change of F_p's derivative by a coupled weight decay, 1/2 norm(w_p)^2, if others determine it."""
     if "weight_decay" not in step.update.hyperparameters:
         return {}
     determined = [i for i, decay in step.update.decays().items() if isinstance(decay, Tensor)]
+    above, below = (s.weights for s in solutions)
     terms = [(above[i].square().sum() - below[i].square().sum()) / 2 for i in determined]
     return {"weight_decay": torch.stack(terms).sum()} if terms else {}
