@@ -37,7 +37,8 @@ class Penalty(Hypergradient):
     attention; and no curvature product at any depth: in a nest the levels inside go on being solved at every step. The
     choice where second derivatives are not to be had; elsewhere `ConjugateGradient` is cheaper and has no strength.
 
-    Rounding: the machine epsilon times strength times norm(dF_p/dw_q); in float32 keep to a strength of about 100.
+    Rounding: the machine epsilon times strength times norm(dF_p/dw_q). In float32 keep to a strength of about 100, less
+    where cotangents are short.
 
     Cost: 2 * steps gradients of F_p, and 2 with respect to the targets; memory for a few copies of the weights.
 
@@ -95,8 +96,8 @@ class Penalty(Hypergradient):
         solutions = [self._solve(step, tilt, side) for side in (1.0, -1.0)]
         self._report(step, tilt, solutions, response)
         # Where the optimizer maximizes, F_p = -L_p: the way from one end to the other is then the other way round.
-        pairs = [(s.weights[i] for s in solutions[:: int(signs.get(i, 1.0))]) for i in range(len(step.weights))]
-        above, below = zip(*pairs, strict=True)
+        ends = zip(*(s.weights for s in solutions), strict=True)
+        above, below = zip(*(e if signs.get(i, 1.0) > 0 else e[::-1] for i, e in enumerate(ends)), strict=True)
         found = step.change(below, above, response.targets, (solutions[1].ends, solutions[0].ends))
         decay = step.pull_back_hyperparameters(_decay_change(step, solutions), response.targets)
         change = {q: dense(add(c, decay[q]), c) if q in decay else c for q, c in found.items()}
@@ -139,7 +140,8 @@ class Penalty(Hypergradient):
         if not residual < 0.5:  # without figures in its text, so that it is shown once
             warnings.warn(
                 f"level {response.level!r}, Penalty: its solves are far from their ends (metric penalty_residual). "
-                f"Take more steps, or give a larger learning_rate.",
+                f"Take more steps, give a larger learning_rate, or, where the cotangent is so short that rounding hides "
+                f"it, a smaller strength.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -8,7 +8,10 @@ import mlo
 
 from .quadratics import relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by the compiler, of its inputs
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # by the compiler, of its inputs
+    pytest.mark.filterwarnings("ignore:level .* Penalty. its solves are far"),
+]
 
 FIRST = [mlo.FirstOrder(), mlo.FiniteDifference(), mlo.SAMA(), mlo.Penalty(steps=4)]
 SECOND = [mlo.Unroll(), mlo.ConjugateGradient(), mlo.Neumann(terms=2), mlo.Nystrom()]

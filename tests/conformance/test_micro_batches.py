@@ -63,6 +63,7 @@ ESTIMATORS = [
 CASES = [(e, nested) for e in ESTIMATORS for nested in (False, True) if not (nested and isinstance(e, mlo.Nystrom))]
 
 
+@pytest.mark.filterwarnings("ignore:level .* Penalty. its solves are far")
 @pytest.mark.parametrize(("estimator", "nested"), CASES, ids=repr)  # 31 products at each of 31 products: too many
 def test_micro_batches_do_what_their_union_does(estimator, nested):
     whole = levels(estimator, size=6, micro_batches=1, nested=nested)

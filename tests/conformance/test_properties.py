@@ -79,6 +79,7 @@ def test_the_order_in_which_edges_and_unrelated_levels_are_listed_does_not_matte
     assert relative_error(found, expected) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:level .* Penalty. its solves are far")  # rounding hides the short cotangent of base
 @estimators()
 def test_single_precision_gives_the_same_to_its_accuracy(kind):
     expected = diamond(ESTIMATORS[kind])
@@ -87,6 +88,7 @@ def test_single_precision_gives_the_same_to_its_accuracy(kind):
     assert relative_error(found.double(), expected) < (1e-3 if kind in DIFFERENCES else 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:level .* Penalty. its solves are far")
 @estimators()
 def test_bf16_is_close_to_fp32(kind):
     """bf16 has 8 bits: first-order passes run in it, second-order products do not."""

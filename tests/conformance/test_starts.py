@@ -124,6 +124,7 @@ def test_truncation_leaves_the_start_out():
     assert not flat(found.values()).any()
 
 
+@pytest.mark.filterwarnings("ignore:level .* Penalty. its solves are far")
 @pytest.mark.parametrize("estimator", [mlo.ConjugateGradient(), mlo.Nystrom(), mlo.Penalty(steps=3), mlo.SAMA()])
 def test_an_implicit_response_forgets_its_start(estimator):
     assert not flat(maml(estimator).hypergradient("initial").values()).any()
