@@ -140,8 +140,8 @@ class Penalty(Hypergradient):
         if not residual < 0.5:  # without figures in its text, so that it is shown once
             warnings.warn(
                 f"level {response.level!r}, Penalty: its solves are far from their ends (metric penalty_residual). "
-                f"Take more steps, give a larger learning_rate, or, where the cotangent is so short that rounding hides "
-                f"it, a smaller strength.",
+                f"Take more steps, give a larger learning_rate, or, where the cotangent is so short that rounding "
+                f"hides it, a smaller strength.",
                 RuntimeWarning,
                 stacklevel=2,
             )
