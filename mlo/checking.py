@@ -113,6 +113,8 @@ class LevelCheck:
     Attributes:
         level: the level.
         claims: what the estimator of each level solved inside it is expected to give.
+        asymmetries: of each level inside that has levels inside it, how far from a Hessian its total curvature is, see
+            `mlo.diagnostics.asymmetries`.
         remaining: of each of those that is differentiated implicitly, the part of a disturbance that its steps leave in
             its gradient; 0 if it converges within its steps.
         num_variables: entries of the level's variables.
@@ -126,6 +128,7 @@ class LevelCheck:
 
     level: str
     claims: Mapping[str, Claim]
+    asymmetries: Mapping[str, float]
     remaining: Mapping[str, float]
     num_variables: int
     num_directions: int
@@ -171,6 +174,8 @@ class Check:
                 )
             for level, claim in found.claims.items():
                 lines.append(f"  {level}: {claim.text}")
+                if level in found.asymmetries:
+                    lines.append(f"    its total curvature is asymmetric by {found.asymmetries[level]:.1e}")
                 if level in found.remaining:
                     lines.append(f"    of a disturbance its steps leave {found.remaining[level]:.1e} in its gradient")
         return "\n".join(lines)
@@ -230,6 +235,7 @@ def check_level(
     variables: Variables,
     found: Gradients,
     *,
+    asymmetries: Mapping[str, float],
     script: Script,
     play: Callable[[], float],
     settings: Settings,
@@ -241,6 +247,7 @@ def check_level(
         level: the upper level.
         variables: its variables, in float64.
         found: its loss and hypergradient.
+        asymmetries: of the levels inside.
         script: that was written down when it was computed.
         play: plays the script again, with whatever is in `variables`, and returns the level's loss.
         settings: how to check.
@@ -271,7 +278,9 @@ def check_level(
     num_smooth, error, cosine, verdict = compare(
         gradient @ directions, measured, settings.radii, settings.tolerance, judged=judged
     )
-    return LevelCheck(level, claims, left, len(gradient), directions.shape[1], num_smooth, error, cosine, verdict)
+    return LevelCheck(
+        level, claims, asymmetries, left, len(gradient), directions.shape[1], num_smooth, error, cosine, verdict
+    )
 
 
 def _claims(graph: Graph, level: str) -> dict[str, Claim]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mlo.autodiff import Call, Gradients, dense
 from mlo.errors import GraphError, MloError
 from mlo.graph import Graph
-from mlo.hypergradients import Unroll
+from mlo.hypergradients import FirstOrder, Penalty, Unroll
 from mlo.levels import Tensors
 from mlo.optimizers import has_update_rule
 from mlo.sweep import Context, Solve, Step, World, sweep
@@ -57,22 +57,39 @@ def diagnose(
 
     Yields:
         (level, name, value): `hypergradient_cosine`, between the two, and `hypergradient_error`, the norm of their
-        difference over that of the exact one, of the level; and of each level inside that has levels inside it,
-        `hessian_asymmetry`: abs(u'Hv - v'Hu) / max(abs(u'Hv), abs(v'Hu)) for random u and v, H its total curvature. It
-        is 0 where all estimators inside that level are exact; elsewhere it says how far from a Hessian H is.
+        difference over that of the exact one, of the level; and the `hessian_asymmetry` of levels inside it, see
+        `asymmetries`.
     """
-    level, structure = call.level, context.structure
-    exactly = replace(context, estimators=dict.fromkeys(structure.names, Unroll()))
+    level = call.level
+    exactly = replace(context, estimators=dict.fromkeys(context.structure.names, Unroll()))
     exact = sweep(exactly, call, solve, world, [level])
     like = world[level].tensors
     used, wanted = (_flat(dense(gradients.of[level], like)) for gradients in (found, exact))
     length, distance = torch.linalg.vector_norm(wanted), torch.linalg.vector_norm(used - wanted)
     yield level, "hypergradient_cosine", _ratio(torch.dot(used, wanted), torch.linalg.vector_norm(used) * length)
     yield level, "hypergradient_error", _ratio(distance, length)
-    for p in structure.sweep_order[level]:
-        member = solve.member(p)
-        if structure.inside[p] and member is not None and member.steps:
-            yield p, "hessian_asymmetry", _asymmetry(member.steps[-1])
+    for p, value in asymmetries(context, solve).items():
+        yield p, "hessian_asymmetry", value
+
+
+def asymmetries(context: Context, solve: Solve) -> dict[str, Tensor]:
+    """Measure how far from a Hessian the total curvatures of levels in a nest are.
+
+    Args:
+        context: of the engine.
+        solve: of which the last step of each level counts.
+
+    Returns:
+        For each level of the solve that has levels inside it, and whose estimator takes products with H:
+        abs(u'Hv - v'Hu) / max(abs(u'Hv), abs(v'Hu)) for random u and v, H the total curvature as the estimators further
+        inside have it. It is 0 where those are exact, or implicit, and not where they are truncated.
+    """
+    result: dict[str, Tensor] = {}
+    for p in context.structure.inside[solve.level]:
+        member, first_derivatives = solve.member(p), isinstance(context.estimators[p], (FirstOrder, Penalty))
+        if context.structure.inside[p] and not first_derivatives and member is not None and member.steps:
+            result[p] = _asymmetry(member.steps[-1])
+    return result
 
 
 def _asymmetry(step: Step) -> Tensor:

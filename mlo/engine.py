@@ -37,7 +37,7 @@ from mlo.calls import Calls
 from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.devices import find_device
-from mlo.diagnostics import check_interval, diagnose
+from mlo.diagnostics import asymmetries, check_interval, diagnose
 from mlo.double import double, double_loss, in_double
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
@@ -464,8 +464,16 @@ class Engine:
             try:
                 solve = self._solve(name, repeatable=False)
                 found = self._sweep(name, solve, recorded=False, moves_buffers=False)[0]
+                assert solve is not None
                 return check_level(
-                    self.graph, name, self._levels[name].variables, found, script=script, play=play, settings=settings
+                    self.graph,
+                    name,
+                    self._levels[name].variables,
+                    found,
+                    asymmetries={q: float(value) for q, value in asymmetries(self._context, solve).items()},
+                    script=script,
+                    play=play,
+                    settings=settings,
                 )
             finally:
                 self._script = None

@@ -420,3 +420,20 @@ def test_directions_are_drawn_from_the_seed():
 def test_the_progress_bar_counts_the_solves(capsys):
     bilevel(mlo.Unroll()).check()
     assert "check up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("estimator", "symmetric"), [(mlo.Unroll(), True), (mlo.Unroll(last=1), False)])
+def test_the_symmetry_of_a_nest_is_reported(estimator, symmetric):
+    graph = draw_graph(0, 3, nested=True)
+    graph.steps = dict.fromkeys(graph.names, 3)
+    found = graph.engine(estimator).check("level2", progress=False)
+    (asymmetry,) = found.levels[0].asymmetries.values()
+    assert asymmetry < 1e-9 if symmetric else asymmetry > 1e-4
+    assert f"its total curvature is asymmetric by {asymmetry:.1e}" in str(found)
+
+
+@pytest.mark.filterwarnings("ignore:level .* Penalty. its solves are far")
+def test_a_nest_without_second_derivatives_is_checked_without_them():
+    found = draw_graph(0, 3, nested=True).engine(mlo.Penalty(steps=20)).check("level2", progress=False)
+    assert not found.levels[0].asymmetries
+    assert found.levels[0].verdict == "approximate"
