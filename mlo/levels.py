@@ -103,18 +103,18 @@ class Buffers:
         Batch normalization in training mode uses batch statistics with and without running ones; switching the running
         ones off is exact and free, and changes nothing in evaluation mode. All other buffers are replaced by copies.
         """
-        switched = self._batch_norms
+        switched = [(m, m.track_running_stats) for m in self._batch_norms]
         kept = [container[key] for container, key in self._slots]
         source = kept if copies is None else copies
         try:
-            for m in switched:
+            for m, _ in switched:
                 m.track_running_stats = False
             for (container, key), t in zip(self._slots, source, strict=True):
                 container[key] = t.clone() if t is not None else None
             yield
         finally:
-            for m in switched:
-                m.track_running_stats = True
+            for m, tracked in switched:  # it may be within another such block
+                m.track_running_stats = tracked
             for (container, key), t in zip(self._slots, kept, strict=True):
                 container[key] = t
 
