@@ -199,7 +199,7 @@ class LossCall:
             attached = create_graph and name in own.attached and name in values
             bound[name] = tensors if attached else tuple(t.detach() for t in tensors)
         views = {name: LevelView(self.levels[name].module, self.levels[name].module) for name in own.reads}
-        levels = Levels(self.level, views, self.progress)
+        levels = Levels(self.level, views, self.progress, what="hyperparameters")
         with self.in_force(bound), torch.set_grad_enabled(create_graph):
             seed_generators(self.key, self.backend.device)
             found = {name: _option(self.level, name, f(levels)) for name, f in own.hyperparameters.items()}
@@ -268,9 +268,12 @@ class LossCall:
             output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay)
             grads: Gradient = (None,) * len(flat)
             if output.loss.requires_grad and flat:
+                # Where the gradient is to be differentiated, its seed is variable: an operation that has no second
+                # derivative then leaves a trace, even if it is the loss's last.
                 grads = torch.autograd.grad(
                     output.loss * scale if scale != 1.0 else output.loss,
                     flat,
+                    torch.ones_like(output.loss, requires_grad=create_graph),
                     create_graph=create_graph,
                     retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
                     allow_unused=True,
@@ -343,9 +346,13 @@ class MeanCall:
             of = {name: add(of[name], other.of[name]) for name in wrt}
         return Gradients(
             torch.stack([f.loss for f in found]).mean(),
-            {name: sum(f.metrics[name] for f in found) / num for name in found[0].metrics},
+            {name: _mean([f.metrics[name] for f in found if name in f.metrics]) for f in found for name in f.metrics},
             {name: tuple(None if g is None else g / num for g in gradient) for name, gradient in of.items()},
         )
+
+
+def _mean(values: Sequence[Tensor | float]) -> Tensor | float:
+    return sum(values[1:], start=values[0]) / len(values)
 
 
 Call = LossCall | MeanCall
@@ -400,7 +407,7 @@ def check_twice_differentiable(gradient: Gradient) -> None:
     while waiting:
         node = waiting.pop()
         if node.name().rpartition("::")[2] == "Error":
-            raise RuntimeError("an operation marked once_differentiable cannot be differentiated twice")
+            raise RuntimeError("an operation has one derivative fewer than needed; once_differentiable marks such ones")
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
@@ -408,9 +415,13 @@ def check_twice_differentiable(gradient: Gradient) -> None:
 
 
 def _option(level: str, name: str, value: Any) -> Tensor:
-    expected = "two numbers, as a tensor of shape (2,)" if name == "betas" else "one number, as a tensor"
-    if not isinstance(value, Tensor) or value.numel() != (2 if name == "betas" else 1):
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    expected = "two numbers, as a tensor of shape (2,)" if name == "betas" else "one floating-point number, as a tensor"
+    if (
+        not isinstance(value, Tensor)
+        or value.numel() != (2 if name == "betas" else 1)
+        or not value.dtype.is_floating_point
+    ):
+        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise GraphError(f"level {level!r}, hyperparameter {name!r}: expected {expected}; found {found}")
     return value.reshape((2,) if name == "betas" else ())
 

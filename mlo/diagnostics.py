@@ -46,7 +46,8 @@ def diagnose(
 ) -> Iterator[tuple[str, str, Tensor]]:
     """Compare a level's hypergradient with the one that `Unroll` finds on the same batch and records.
 
-    Levels inside a nest move by the steps that they took, whatever estimator shaped those.
+    Levels inside a nest move by the steps that they took, whatever estimator shaped those (the linear solve of an
+    implicit one counts as exact).
 
     Args:
         context: with the estimators in use.
@@ -62,7 +63,8 @@ def diagnose(
     """
     level = call.level
     exactly = replace(context, estimators=dict.fromkeys(context.structure.names, Unroll()))
-    exact = sweep(exactly, call, solve, world, [level])
+    taken = solve.within(replace(context, links=False))
+    exact = sweep(exactly, call, taken, world, [level])
     like = world[level].tensors
     used, wanted = (_flat(dense(gradients.of[level], like)) for gradients in (found, exact))
     length, distance = torch.linalg.vector_norm(wanted), torch.linalg.vector_norm(used - wanted)

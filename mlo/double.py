@@ -52,6 +52,16 @@ def double_loss(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return compute
 
 
+def double_option(option: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a function of levels that computes in float64 throughout, as `double_loss` does."""
+
+    def compute(levels: Any) -> Any:
+        with _Double():
+            return option(levels)
+
+    return compute
+
+
 def double(tensor: Tensor) -> Tensor:
     """Return a tensor in float64 if it is of another real floating-point kind."""
     return tensor.double() if tensor.dtype in _NARROW else tensor

@@ -38,7 +38,7 @@ from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.devices import find_device
 from mlo.diagnostics import asymmetries, check_interval, diagnose
-from mlo.double import double, double_loss, in_double
+from mlo.double import double, double_loss, double_option, in_double
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
 from mlo.optimizers import Update
@@ -368,14 +368,16 @@ class Engine:
             wanted = estimator.recorded_steps
             depth = num if repeatable or wanted is None else min(wanted, num)
             segment = math.ceil(math.sqrt(depth)) if estimator.recomputes and depth else 1
+            skips = self._states[q].scale.active and 0 < depth < num  # then the last steps may not be the last taken
             steps: list[Step] = []
             start = self._begin(q)
             for index in range(num):
-                recorded = index >= num - depth
+                recorded = skips or index >= num - depth
                 reuses = wanted != 0 and index == num - 1 and not structure.inside[q]
                 step = self._take_step(q, recorded=recorded, repeatable=recorded, reuses=reuses)
                 if step is not None:
-                    steps.append(step.thinned() if len(steps) % segment else step)
+                    steps.append(step.thinned() if len(steps) % segment and not skips else step)
+            del steps[: max(0, len(steps) - depth)]
             final = self._solve(q, repeatable=repeatable)
             solve.members.append(Member(q, steps, final, start, depth == num))
         solve.end = self._world()
@@ -483,7 +485,14 @@ class Engine:
     def _in_double(self) -> Iterator[None]:
         """Compute everything in float64 within the block, with a journal of its own."""
         levels, backend, journal = self._levels, self._backend, self._journal
-        self._levels = {name: replace(level, loss=double_loss(level.loss)) for name, level in levels.items()}
+        self._levels = {
+            name: replace(
+                level,
+                loss=double_loss(level.loss),
+                hyperparameters={key: double_option(f) for key, f in level.hyperparameters.items()},
+            )
+            for name, level in levels.items()
+        }
         self._backend, self._journal = Backend(backend.device), journal.copy()
         for memory in self._journal.memory.values():
             memory.update({key: double(t) for key, t in memory.items()})

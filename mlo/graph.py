@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import combinations
 
+import torch
 from torch.optim import LBFGS
 
 from mlo.errors import GraphError, MloError
@@ -183,20 +184,26 @@ class Graph:
                 continue
             where = f"level {problem.name!r}, start"
             self.check_name(problem.start, where)
-            if problem.start not in self.reads(problem.name):
+            if problem.start == problem.name:
+                raise GraphError(f"{where}: expected another level; found itself. A level goes on from itself anyway.")
+            if problem.start not in self.structure.reads[problem.name]:
+                kind = "a detached one" if problem.start in self.reads(problem.name) else "none"
                 raise GraphError(
-                    f"{where}: expected an edge from {problem.start!r}, whose variables it begins at; found none. "
+                    f"{where}: expected an edge from {problem.start!r}, whose variables it begins at; found {kind}. "
                     f"Declare mlo.Edge({problem.start!r}, {problem.name!r})."
                 )
             here, there = (
-                [(tuple(p.shape), p.dtype) for p in level.module.parameters() if p.requires_grad]
+                {n: (tuple(p.shape), p.dtype) for n, p in level.module.named_parameters() if p.requires_grad}
                 for level in (problem, self[problem.start])
             )
-            if here != there:
-                raise GraphError(
-                    f"{where}: expected the same trainable parameters as level {problem.start!r}; found "
-                    f"{_parameters(here)} here and {_parameters(there)} there. Build both from one module class."
-                )
+            for name in (*here, *there):
+                found = [_parameter(own.get(name)) for own in (here, there)]
+                if found[0] != found[1] or list(here) != list(there):
+                    raise GraphError(
+                        f"{where}: expected the same trainable parameters, in the same order, as level "
+                        f"{problem.start!r}; found {name} {found[0]} here and {found[1]} there. Build both from one "
+                        f"module class."
+                    )
 
     def _check_estimators(self) -> None:
         for problem in self.levels:
@@ -221,8 +228,5 @@ class Graph:
                         raise GraphError(f"level {problem.name!r}, {problem.hypergradient!r}: {error}") from error
 
 
-def _parameters(found: Sequence[tuple[tuple[int, ...], object]]) -> str:
-    """Describe parameters in an error."""
-    shown = ", ".join(f"{shape}" for shape, _ in found[:4])
-    kinds = " and ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in found}))
-    return f"{len(found)} of shapes {shown}{', ...' if len(found) > 4 else ''} in {kinds}"
+def _parameter(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if found is None else f"of shape {found[0]} in {str(found[1]).removeprefix('torch.')}"

@@ -174,8 +174,9 @@ class Levels:
         progress: fraction of the run that is done, in [0, 1).
     """
 
-    def __init__(self, reader: str, views: Mapping[str, LevelView], progress: float) -> None:
+    def __init__(self, reader: str, views: Mapping[str, LevelView], progress: float, *, what: str = "loss") -> None:
         self.progress = progress
+        self._what = what
         self._accessed: set[str] = set()
         self._reader = reader
         self._views = views
@@ -186,10 +187,14 @@ class Levels:
         try:
             view = self._views[name]
         except KeyError:
-            readable = ", ".join(self._views)
+            readable = ", ".join(self._views) or "none"
+            mend = (
+                "It may not depend on the level's own variables."
+                if name == self._reader
+                else f"Declare mlo.Edge({name!r}, {self._reader!r}), or mend the name."
+            )
             raise GraphError(
-                f"the loss of level {self._reader!r} reads levels.{name}; it may read {readable}. "
-                f"Declare mlo.Edge({name!r}, {self._reader!r}), or mend the name."
+                f"the {self._what} of level {self._reader!r} reads levels.{name}; it may read {readable}. {mend}"
             ) from None
         self._accessed.add(name)
         return view

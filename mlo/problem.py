@@ -118,7 +118,7 @@ class Problem:
             isinstance(self.hyperparameters, Mapping) and all(map(callable, self.hyperparameters.values())),
         )
         options = self.optimizer.param_groups[0]
-        usable = [key for key, value in options.items() if key == "betas" or type(value) in (int, float)]
+        usable = [key for key, value in options.items() if key == "betas" or type(value) in (int, float, Tensor)]
         for name in self.hyperparameters:
             if name not in usable:
                 raise GraphError(

@@ -38,7 +38,7 @@ def replay_solve(
     repeated: dict[str, Member] = {}
     for level in structure.replay_order[solve.level]:
         member = solve.members[place[level]]
-        linked = create_graph and context.estimators[level].implicit and bool(member.steps)
+        linked = create_graph and context.links and context.estimators[level].implicit and bool(member.steps)
         now = dict(end)
         for later in solve.members[place[level] + 1 :]:
             if not linked:  # the steps were taken before the later members moved

@@ -133,7 +133,7 @@ class LevelState:
         ]
         optimizer = self.problem.optimizer
         states = {p: {k: (v, _copy(v)) for k, v in own.items()} for p, own in optimizer.state.items()}
-        groups = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        groups = [{k: (v, _copy(v)) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         scheduler = copy.deepcopy(self.problem.scheduler.state_dict()) if self.problem.scheduler is not None else None
         counters = (self.steps_taken, self.scale.value, self.scale.good_steps)
 
@@ -151,9 +151,9 @@ class LevelState:
                     k: v.copy_(saved) if isinstance(v, Tensor) else saved for k, (v, saved) in own.items()
                 }
             for group, options in zip(optimizer.param_groups, groups, strict=True):
-                group.update(options)
+                group.update({k: v.copy_(s) if isinstance(v, Tensor) else s for k, (v, s) in options.items()})
             if self.problem.scheduler is not None and scheduler is not None:
-                self.problem.scheduler.load_state_dict(scheduler)
+                self.problem.scheduler.load_state_dict(copy.deepcopy(scheduler))
             self.steps_taken, self.scale.value, self.scale.good_steps = counters
             self.weights = Weights(self.level.variables.parameters, live=True)
 

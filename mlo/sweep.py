@@ -127,6 +127,7 @@ class Context:
         estimators: of each level.
         replay: repeats a recorded solve; `mlo.replay.replay_solve`.
         starts: by level, the level whose variables its solves begin at.
+        links: whether a nest differentiates implicit responses by their pullbacks, and not through their steps.
         examined: levels whose losses have been found to have second derivatives.
     """
 
@@ -134,6 +135,7 @@ class Context:
     estimators: Mapping[str, Estimator]
     replay: Replay
     starts: Mapping[str, str] = field(default_factory=dict)
+    links: bool = True
     examined: set[str] = field(default_factory=set)
 
 
@@ -320,8 +322,13 @@ class Step:
             return like_recorded(self.gradient, found.of[self.level], weights)
 
     def thinned(self) -> Step:
-        """Return the step without what `restored` can recompute."""
-        gradient = tuple(None if g is None else g.new_empty(0) for g in self.gradient)
+        """Return the step without what `restored` can recompute.
+
+        In a nest the gradient stays: it depends on what the estimators inside remembered.
+        """
+        gradient = self.gradient
+        if self.inner is None:
+            gradient = tuple(None if g is None else g.new_empty(0) for g in gradient)
         world = {**self.world, self.level: Weights(())}
         return replace(self, world=world, gradient=gradient, update=replace(self.update, state=()), thin=True)
 
@@ -375,13 +382,13 @@ class Step:
                 check_twice_differentiable(gradient)
             yield
         except RuntimeError as error:
-            if not any(hint in str(error) for hint in ("double backward", "is not implemented", "twice")):
+            if not any(hint in str(error) for hint in ("double backward", "is not implemented", "derivative fewer")):
                 raise
             raise MloError(
                 f"level {self.level!r}: expected a loss that can be differentiated twice; found one that cannot "
-                f"({error}). Choose an estimator of first derivatives for the level: mlo.FiniteDifference(), "
-                f"mlo.SAMA() or mlo.Penalty(); or leave its modules uncompiled, with operations that torch can "
-                f"differentiate twice."
+                f"({error}). Choose an estimator of first derivatives for the level: mlo.Penalty(), or outside a nest "
+                f"mlo.FiniteDifference() or mlo.SAMA(); or leave its modules uncompiled, with operations that torch "
+                f"can differentiate often enough."
             ) from error
 
     def _alias(self, tensors: Tensors) -> Tensors:
@@ -436,6 +443,22 @@ class Solve:
     start: World
     members: list[Member] = field(default_factory=list)
     end: World = field(default_factory=dict)
+
+    def within(self, context: Context) -> Solve:
+        """Return the solve with another context for all its steps."""
+
+        def moved(solve: Solve | None) -> Solve | None:
+            return None if solve is None else solve.within(context)
+
+        members = [
+            replace(
+                member,
+                steps=[replace(step, context=context, inner=moved(step.inner)) for step in member.steps],
+                final=moved(member.final),
+            )
+            for member in self.members
+        ]
+        return replace(self, members=members)
 
     def member(self, level: str) -> Member | None:
         """Return what led to the level's variables at the end of the solve."""
@@ -587,7 +610,9 @@ def restored(steps: Sequence[Step]) -> list[Step]:
         with torch.no_grad():
             after, state = before.update.apply(before.weights, before.gradient, before.update.state)
         world = {**step.world, step.level: Weights(after)}
-        found = sweep(step.context, step.call, step.inner, world, [step.level], autocast=True, scale=step.scale)
-        gradient = like_recorded(step.gradient, found.of[step.level], after)
+        gradient = step.gradient
+        if step.inner is None:
+            found = sweep(step.context, step.call, None, world, [step.level], autocast=True, scale=step.scale)
+            gradient = like_recorded(gradient, found.of[step.level], after)
         full.append(replace(step, world=world, gradient=gradient, update=replace(step.update, state=state), thin=False))
     return full

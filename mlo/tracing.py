@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -34,7 +34,10 @@ def trace(
             accessed: set[str] = set()
             with state.stream.rewound():
                 call = state.next_call(levels, progress, backend, recorded=False)
-                call.hyperparameters({}, accessed=accessed)
+                for option in call.hyperparameters({}, create_graph=True, accessed=accessed).values():
+                    if option.requires_grad:  # what it may read is bound by value here
+                        _check_closure(levels, name, option.sum(), "hyperparameters", ())
+                _check_outside(graph, name, accessed)
                 loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
             graph.check_reads(name, sorted(accessed))
             if not loss.requires_grad:
@@ -43,19 +46,29 @@ def trace(
                     f"level that it reads; found one without a gradient. Take no_grad(), detach() or item() out of "
                     f"the loss."
                 )
-            _check_closure(levels, name, loss)
+            _check_closure(levels, name, loss, "loss", (name, *levels[name].reads))
 
 
-def _check_closure(levels: Mapping[str, Level], name: str, loss: Tensor) -> None:
-    """Refuse a loss that depends on a level that it did not read through `levels`."""
-    foreign = [other for other in levels.values() if other.name not in {name, *levels[name].reads}]
+def _check_outside(graph: Graph, name: str, accessed: set[str]) -> None:
+    """Refuse an optimizer's option that depends on how the levels inside are solved."""
+    for inner in graph.structure.inside[name]:
+        if inner in accessed:
+            raise GraphError(
+                f"the hyperparameters of level {name!r}: expected functions of levels outside it; found that one reads "
+                f"levels.{inner}, which is solved inside it. Let it read what {inner!r} responds to instead."
+            )
+
+
+def _check_closure(levels: Mapping[str, Level], name: str, value: Tensor, what: str, allowed: Sequence[str]) -> None:
+    """Refuse a loss, or a hyperparameter, that depends on a level that it did not read through `levels`."""
+    foreign = [other for other in levels.values() if other.name not in allowed]
     owned = [(other, p) for other in foreign for p in other.variables.parameters]
     if not owned:
         return
-    found = torch.autograd.grad(loss, [p for _, p in owned], allow_unused=True)
+    found = torch.autograd.grad(value, [p for _, p in owned], allow_unused=True)
     for (other, _), gradient in zip(owned, found, strict=True):
         if gradient is not None:
             raise GraphError(
-                f"the loss of level {name!r} depends on the variables of level {other.name!r} without an edge: it "
+                f"the {what} of level {name!r} depends on the variables of level {other.name!r} without an edge: it "
                 f"uses the module itself. Declare mlo.Edge({other.name!r}, {name!r}) and read levels.{other.name}."
             )

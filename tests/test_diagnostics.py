@@ -107,3 +107,46 @@ def test_mistakes():
     mlo.Engine(graph, device="cpu").run(1, progress=False)
     with pytest.raises(mlo.GraphError, match="found RMSprop in level 'lower'"):
         mlo.Engine(graph, device="cpu", diagnostics_every=1)
+
+
+@pytest.mark.filterwarnings("ignore:level .* Neumann. the terms of the series grow")
+def test_an_implicit_estimator_further_inside_a_nest_is_measured_by_its_steps():
+    """Its linear solve counts as exact, and so the black box finds a little less."""
+    graph = draw_graph(0, 3, nested=True)
+    middle = next(name for name in graph.names if graph.engine(mlo.Unroll()).graph.inside(name))
+    inner = mlo.Neumann(terms=3, scale=0.1)
+    estimators = {name: mlo.Unroll() if name == middle else inner for name in graph.names}
+    engine = graph.engine(estimators, diagnostics_every=1)
+    checked = engine.check("level2", directions=20, progress=False).levels[0].error
+    assert played(engine)[0]["level2.hypergradient_error"] == pytest.approx(checked, rel=0.2)
+    assert checked > 1e-4
+
+
+@pytest.mark.parametrize("estimator", [mlo.SAMA(), mlo.Unroll(last=1), mlo.Unroll(last=2, checkpoint=True)], ids=repr)
+def test_a_step_that_fp16_skips_is_not_the_last_one_taken(estimator):
+    """With and without diagnostics, for which all steps are recorded."""
+
+    def weights(**options):
+        torch.manual_seed(0)
+        lower, upper = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        batches = [torch.ones(1, 2), torch.ones(1, 2), torch.full((1, 2), 60.0)]  # its scaled gradient overflows
+
+        def loss(levels, batch):
+            return (levels.lower(batch) - levels.upper(batch)).square().mean()
+
+        problems = [
+            mlo.Problem("lower", lower, loss, torch.optim.SGD(lower.parameters(), lr=0.1), batches,
+                        hypergradient=estimator, steps=3),
+            mlo.Problem("upper", upper, lambda levels, batch: levels.lower(batch).square().mean(),
+                        torch.optim.SGD(upper.parameters(), lr=0.1), [torch.ones(1, 2)]),
+        ]  # fmt: skip
+        edges = [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")]
+        engine = mlo.Engine(mlo.Graph(problems, edges), device="cpu", precision="fp16", **options)
+        before = upper.weight.detach().clone()
+        engine.run(1, progress=False)
+        assert engine._states["lower"].steps_taken == 2
+        return before, upper.weight.detach().clone()
+
+    before, plain = weights()
+    assert not torch.equal(before, plain)
+    assert torch.equal(plain, weights(diagnostics_every=1)[1])

@@ -448,3 +448,26 @@ def test_a_zero_cotangent_gives_zeros_whatever_the_radius():
     )  # fmt: skip
     found = mlo.Engine(graph, device="cpu").hypergradient("upper")
     assert torch.equal(found["bias"], torch.full((1,), 2.0))
+
+
+def test_a_learning_rate_that_is_a_tensor_is_put_back_too():
+    lower, upper = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    rate = torch.tensor(0.1)
+    sgd = torch.optim.SGD(lower.parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.StepLR(sgd, 1, 0.5)
+
+    def loss(levels, batch):
+        return (levels.lower.weight - levels.upper.weight).square().sum()
+
+    problems = [
+        mlo.Problem("lower", lower, loss, sgd, None, steps=3, scheduler=scheduler, hypergradient=mlo.Unroll()),
+        mlo.Problem("upper", upper, lambda levels, batch: levels.lower.weight.square().sum(),
+                    torch.optim.SGD(upper.parameters(), lr=0.1), None),
+    ]  # fmt: skip
+    edges = [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")]
+    engine = mlo.Engine(mlo.Graph(problems, edges), device="cpu")
+    first, second = (engine.hypergradient("upper")["weight"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert sgd.param_groups[0]["lr"] is rate
+    assert rate == torch.tensor(0.1)
+    assert engine.check(progress=False).levels[0].verdict == "exact"

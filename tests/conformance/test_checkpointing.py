@@ -103,3 +103,20 @@ def test_memory_grows_as_the_square_root_of_the_steps():
     # a + b sqrt(steps): equal differences between sqrt = 4, 8, 12
     assert 0.8 < (thin[144] - thin[64]) / (thin[64] - thin[16]) < 1.25
     assert thin[64] < plain[64] / 2.5
+
+
+@pytest.mark.parametrize(
+    "inner", [mlo.ConjugateGradient(iterations=1, warm_start=True), mlo.Neumann(terms=2, scale=0.1, warm_start=True)]
+)
+def test_a_nest_whose_estimators_remember(inner):
+    """The gradients that the steps took are not to be had again by another sweep, and so they are kept."""
+
+    def hypergradient(checkpoint):
+        graph = draw_graph(0, 3, nested=True)
+        graph.steps = dict.fromkeys(graph.names, 4)
+        estimators = {name: inner if name == "level0" else mlo.Unroll(checkpoint=checkpoint) for name in graph.names}
+        engine = graph.engine(estimators)
+        engine.run(2, progress=False)
+        return flat(engine.hypergradient("level2").values())
+
+    assert relative_error(hypergradient(True), hypergradient(False)) < 1e-12

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import mlo
 
-from .quadratics import relative_error
+from .quadratics import Vector, relative_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # by the compiler, of its inputs
@@ -83,9 +83,43 @@ def test_compiled_modules(estimator):
 
 @pytest.mark.parametrize("estimator", SECOND, ids=repr)
 def test_the_others_say_what_to_do(estimator):
-    expected = r"level 'low': expected a loss that can be differentiated twice.*mlo.FiniteDifference\(\), mlo.SAMA\(\)"
+    expected = r"level 'low': expected a loss that can be differentiated twice.*mlo.Penalty\(\), or outside a nest"
     torch._dynamo.reset()
     with pytest.raises(mlo.MloError, match=expected):
         hypergradient(estimator, wrap=lambda module: torch.compile(module, backend="aot_eager"))
     with pytest.raises(mlo.MloError, match=expected):
         hypergradient(estimator, function=Once.apply)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_an_operation_without_a_second_derivative_may_be_the_last(scale):
+    """As a fused loss is: its cotangent is a constant, and torch leaves its second derivative out silently."""
+    lower, upper = Vector([0.3, -0.2]), Vector([0.5, 1.5])
+
+    def fused(levels, batch):
+        return scale * OnceSquared.apply(levels.lower().tanh() - levels.upper()) + levels.lower() @ levels.upper()
+
+    problems = [
+        mlo.Problem("lower", lower, fused, torch.optim.SGD(lower.parameters(), lr=0.1), None,
+                    hypergradient=mlo.Unroll(), steps=3),
+        mlo.Problem("upper", upper, lambda levels, batch: levels.lower().pow(2).sum(),
+                    torch.optim.SGD(upper.parameters(), lr=0.1), None),
+    ]  # fmt: skip
+    engine = mlo.Engine(mlo.Graph(problems, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")]), device="cpu")
+    with pytest.raises(mlo.MloError, match="level 'lower': expected a loss that can be differentiated twice"):
+        engine.hypergradient("upper")
+
+
+class OnceSquared(torch.autograd.Function):
+    """The sum of squares, as a kernel that has one derivative only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return 2 * x * cotangent

@@ -120,15 +120,15 @@ def test_a_weight_decay_is_part_of_the_objective(kind, optimizer):
     assert abs(float(expected[1])) > 1e-3
 
 
-def test_in_a_nest():
-    """The step size of the lowest level belongs to the highest, and the middle level is differentiated through both."""
-    torch.manual_seed(0)
-    low, middle, high = Vector([0.3, -0.2]), Vector([0.5, 1.5]), Vector([-2.0, 0.4])
+def nest(low, middle=None):
+    """Three levels, the lowest inside the middle one; options of the optimizers of these two."""
+    modules = {"low": Vector([0.3, -0.2]), "middle": Vector([0.5, 1.5]), "high": Vector([-2.0, 0.4])}
     losses = {
         "low": lambda levels, batch: (levels.low() - levels.middle().tanh()).pow(4).sum() + levels.low().square().sum(),
         "middle": lambda levels, batch: (levels.low() * levels.middle()).sum() + levels.middle().pow(4).sum(),
         "high": lambda levels, batch: (levels.low() - 1).pow(4).sum() + levels.middle().square().sum(),
     }
+    options = {"low": low, "middle": middle or {}, "high": {}}
     problems = [
         mlo.Problem(
             name,
@@ -138,12 +138,19 @@ def test_in_a_nest():
             None,
             hypergradient=mlo.Unroll(),
             steps=3,
-            hyperparameters={"lr": lambda levels: levels.high()[0].exp()} if name == "low" else {},
+            hyperparameters=options[name],
         )
-        for name, module in {"low": low, "middle": middle, "high": high}.items()
+        for name, module in modules.items()
     ]
-    edges = [("middle", "low"), ("high", "low"), ("low", "middle"), ("low", "high"), ("middle", "high")]
-    engine = mlo.Engine(mlo.Graph(problems, [mlo.Edge(*edge) for edge in edges]), seed=0, device="cpu")
+    edges = [("middle", "low"), ("low", "middle"), ("low", "high"), ("middle", "high")]
+    if low:
+        edges.append(("high", "low"))
+    return mlo.Engine(mlo.Graph(problems, [mlo.Edge(*edge) for edge in edges]), seed=0, device="cpu")
+
+
+def test_in_a_nest():
+    """The step size of the lowest level belongs to the highest, and the middle level is differentiated through both."""
+    engine = nest({"lr": lambda levels: levels.high()[0].exp()})
     found = engine.check(progress=False)
     assert [level.verdict for level in found.levels] == ["exact", "exact"], found
     assert abs(float(engine.hypergradient("high")["w"][0])) > 1e-3
@@ -169,11 +176,17 @@ def test_mistakes():
         tuned(mlo.Unroll(), functions={"nesterov": FUNCTIONS["lr"]})
     with pytest.raises(mlo.GraphError, match="hyperparameters must be a mapping"):
         tuned(mlo.Unroll(), functions={"lr": 0.1})
-    with pytest.raises(mlo.GraphError, match="hyperparameter 'lr': expected one number, as a tensor; found float"):
+    with pytest.raises(
+        mlo.GraphError, match="hyperparameter 'lr': expected one floating-point number, as a tensor; found float"
+    ):
         tuned(mlo.Unroll(), functions={"lr": lambda levels: 0.1}).run(1, progress=False)
-    with pytest.raises(mlo.GraphError, match=r"hyperparameter 'lr': expected one number.*found shape \(3,\)"):
+    with pytest.raises(
+        mlo.GraphError, match=r"hyperparameter 'lr': expected one floating-point number.*found shape \(3,\)"
+    ):
         tuned(mlo.Unroll(), functions={"lr": lambda levels: levels.rates.w}).run(1, progress=False)
-    with pytest.raises(mlo.GraphError, match=r"level 'net' reads levels\.net"):
+    with pytest.raises(mlo.GraphError, match=r"found shape \(\), torch.int64"):
+        tuned(mlo.Unroll(), functions={"lr": lambda levels: torch.tensor(1)}).run(1, progress=False)
+    with pytest.raises(mlo.GraphError, match=r"hyperparameters of level 'net' reads levels\.net; .* own variables"):
         tuned(mlo.Unroll(), functions={"lr": lambda levels: levels.net[0].weight.sum()}).run(1, progress=False)
     with pytest.raises(mlo.DivergenceError, match="level 'net', hyperparameter 'lr': expected a finite number"):
         tuned(mlo.Unroll(), functions={"lr": lambda levels: levels.rates.w[0].log()}).run(1, progress=False)
@@ -189,3 +202,32 @@ def test_mistakes():
             scheduler=torch.optim.lr_scheduler.StepLR(sgd, 1),
             hyperparameters={"lr": lambda levels: levels.rates.w},
         )
+
+
+def test_a_closure_over_a_module_without_an_edge_is_refused():
+    foreign = []
+    engine = nest({}, middle={"lr": lambda levels: foreign[0].w[0].exp() / 20})
+    foreign.append(engine.graph["high"].module)
+    with pytest.raises(mlo.GraphError, match="parameters of level 'middle' depends on the variables of level 'high'"):
+        engine.run(1, progress=False)
+
+
+def test_a_level_inside_cannot_set_the_pace():
+    functions = {"lr": lambda levels: levels.low()[0].exp() / 20}
+    with pytest.raises(mlo.GraphError, match=r"'middle': expected functions of levels outside it.*reads levels\.low"):
+        nest({}, middle=functions).run(1, progress=False)
+
+
+def test_a_check_computes_them_in_double_precision():
+    layer = torch.nn.Linear(1, 1)
+    lower = Vector([0.3, -0.2])
+    problems = [
+        mlo.Problem("lower", lower, lambda levels, batch: (levels.lower() - 1).pow(4).sum(),
+                    torch.optim.SGD(lower.parameters(), lr=0.1), None, steps=2, hypergradient=mlo.Unroll(),
+                    hyperparameters={"lr": lambda levels: levels.layer(torch.tensor([[levels.progress]])).exp() / 20}),
+        mlo.Problem("layer", layer, lambda levels, batch: levels.lower().square().sum(),
+                    torch.optim.SGD(layer.parameters(), lr=0.1), None),
+    ]  # fmt: skip
+    graph = mlo.Graph(problems, [mlo.Edge("layer", "lower"), mlo.Edge("lower", "layer")])
+    found = mlo.Engine(graph, device="cpu").check(progress=False)
+    assert found.levels[0].verdict == "exact", found

@@ -187,8 +187,14 @@ def test_mistakes():
         graph(network(), [mlo.Edge("b", "a")], start="a")
     with pytest.raises(mlo.GraphError, match="start: expected one of the levels b, a; found 'c'"):
         graph(network(), both, start="c")
-    with pytest.raises(mlo.GraphError, match=r"same trainable parameters as level 'a'; found 2 of shapes \(1, 2\)"):
+    with pytest.raises(
+        mlo.GraphError, match=r"as level 'a'; found weight of shape \(1, 2\) in float64 here and missing"
+    ):
         graph(torch.nn.Linear(2, 1).double(), both, start="a")
+    with pytest.raises(mlo.GraphError, match=r"start: expected an edge from 'a'.*found a detached one"):
+        graph(network(), [mlo.Edge("a", "b", detached=True), mlo.Edge("b", "a")], start="a")
+    with pytest.raises(mlo.GraphError, match="start: expected another level; found itself"):
+        graph(network(), both, start="b")
     with pytest.raises(mlo.GraphError, match="start must be the name of a level"):
         graph(network(), both, start=3)
 
