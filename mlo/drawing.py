@@ -50,8 +50,9 @@ def describe_graph(graph: Graph) -> str:
         graph: The graph.
 
     Returns:
-        For each level its module, optimizer, steps, how its best response is differentiated, what it reads and what is
-        solved inside it; lines without a newline at the end of the last.
+        For each level its module, optimizer, steps, how its best response is differentiated, what it reads, what is
+        solved inside it, and, if any, where it starts, which options other levels set, and its micro-batches; lines
+        without a newline at the end of the last.
     """
     blocks = [f"{_count(len(graph.levels), 'level')}, {_count(len(graph.edges), 'edge')}, highest level first"]
     for level in reversed(graph.levels):
@@ -65,6 +66,12 @@ def describe_graph(graph: Graph) -> str:
             "reads": ", ".join(reads) or "nothing",
             "solves inside": ", ".join(other.name for other in graph.levels if other.name in inside) or "nothing",
         }
+        if level.start is not None:
+            rows["starts at"] = level.start
+        if level.hyperparameters:
+            rows["set by others"] = ", ".join(level.hyperparameters)
+        if level.micro_batches > 1:
+            rows["micro-batches"] = str(level.micro_batches)
         blocks.append("\n".join([level.name, *(f"  {key:<15}{value}" for key, value in rows.items())]))
     return "\n\n".join(blocks)
 

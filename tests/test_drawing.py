@@ -176,3 +176,16 @@ def test_a_picture_is_written(tmp_path, name):
 def test_text_is_not_read_as_mathematics_or_markup(tmp_path):
     draw_graph(learning_by_teaching(), tmp_path / "graph.svg")
     assert "Implicit($a$ <b> & c)" in svg_texts(tmp_path / "graph.svg")
+
+
+def test_the_description_tells_of_starts_options_and_micro_batches():
+    task = level("task", start="initial", hyperparameters={"lr": lambda levels: levels.initial.weight}, micro_batches=4)
+    edges = [mlo.Edge("initial", "task"), mlo.Edge("task", "initial")]
+    text = describe_graph(mlo.Graph([task, level("initial")], edges))
+    upper, lower = text.split("\n\n")[1:]
+    assert [" ".join(line.split()) for line in lower.splitlines()[-3:]] == [
+        "starts at initial",
+        "set by others lr",
+        "micro-batches 4",
+    ]
+    assert not any(word in upper for word in ("starts at", "set by others", "micro-batches"))
