@@ -189,3 +189,18 @@ def test_an_optimizer_may_be_taught():
 
 def reading64(*names):
     return lambda levels, batch: sum(getattr(levels, n)(batch.double()).sum() ** 2 for n in names)
+
+
+@pytest.mark.parametrize("estimator", [mlo.SAMA(), mlo.Penalty(), mlo.Unroll()], ids=repr)
+def test_an_estimator_of_steps_refuses_an_optimizer_that_it_does_not_know(estimator):
+    lower, upper = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+    def loss(levels, batch):
+        return (levels.lower.weight - levels.upper.weight).square().sum()
+
+    problems = [
+        mlo.Problem("lower", lower, loss, torch.optim.RMSprop(lower.parameters()), None, hypergradient=estimator),
+        mlo.Problem("upper", upper, loss, torch.optim.SGD(upper.parameters(), lr=0.1), None),
+    ]
+    with pytest.raises(mlo.GraphError, match=r"'lower'.*found RMSprop. Change the optimizer"):
+        mlo.Graph(problems, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")])
