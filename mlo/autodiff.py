@@ -389,6 +389,13 @@ def add(a: Gradient, b: Gradient) -> Gradient:
     return tuple(y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True))
 
 
+def accumulate(total: Mapping[str, Tensors], found: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """Add cotangents to those of the same levels in `total`; levels that are not found keep theirs."""
+    return {
+        q: tuple(a + b for a, b in zip(own, found[q], strict=True)) if q in found else own for q, own in total.items()
+    }
+
+
 def alias(tensor: Tensor, *, create_graph: bool) -> Tensor:
     """Return a tensor of the same values to differentiate with respect to, part of the graph if one is made."""
     return tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()

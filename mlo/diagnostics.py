@@ -32,8 +32,7 @@ def check_interval(interval: int | None, graph: Graph) -> None:
     if type(interval) is not int or interval < 1:
         raise MloError(f"diagnostics_every: expected a whole number of at least 1, or None; found {interval!r}")
     for problem in graph.levels:
-        inner = any(problem.name in graph.structure.inside[p.name] for p in graph.levels)
-        if inner and not has_update_rule(problem.optimizer):
+        if problem.name not in graph.structure.tops and not has_update_rule(problem.optimizer):
             raise GraphError(
                 f"diagnostics_every: expected optimizers whose steps can be differentiated; found "
                 f"{type(problem.optimizer).__name__} in level {problem.name!r}. Teach its update with "

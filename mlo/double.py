@@ -42,22 +42,15 @@ def in_double(parts: Iterable[tuple[nn.Module, Optimizer]]) -> Iterator[None]:
         yield
 
 
-def double_loss(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Return a loss that computes in float64 throughout, also where it or a module asks for less."""
+def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss, or another function of levels, that computes in float64 throughout, also where less is asked for.
 
-    def compute(levels: Any, batch: Any) -> Any:
+    It is given its batch in float64.
+    """
+
+    def compute(*args: Any) -> Any:
         with _Double():
-            return loss(levels, map_tensors(batch, double))
-
-    return compute
-
-
-def double_option(option: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a function of levels that computes in float64 throughout, as `double_loss` does."""
-
-    def compute(levels: Any) -> Any:
-        with _Double():
-            return option(levels)
+            return function(*map_tensors(args, double))
 
     return compute
 

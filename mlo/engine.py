@@ -38,7 +38,7 @@ from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.devices import find_device
 from mlo.diagnostics import asymmetries, check_interval, diagnose
-from mlo.double import double, double_loss, double_option, in_double
+from mlo.double import double, in_double, in_float64
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
 from mlo.optimizers import Update
@@ -46,7 +46,7 @@ from mlo.randomness import isolated
 from mlo.replay import replay_solve
 from mlo.script import Script
 from mlo.state import LevelState, check_generators, move_optimizer
-from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep
+from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep, values_of
 from mlo.tracing import trace
 from mlo.tracking import Callback, ProgressBar, RoundReport, mean
 
@@ -413,7 +413,7 @@ class Engine:
         )
         if diagnosed and solve is not None:
             self._journal.figures += diagnose(self._context, call, solve, world, found)
-        options = call.hyperparameters({n: w.tensors for n, w in world.items() if not w.live})
+        options = call.hyperparameters(values_of(world))
         state.set_hyperparameters(options)
         if self._script is not None:
             self._script.observe(self.graph[name], self._levels[name].variables.parameters, found.of[name])
@@ -459,9 +459,7 @@ class Engine:
                 self._journal = journal.copy()
                 script.rewind()
                 self._solve(name, repeatable=False)
-                world = self._world()
-                values = {n: w.tensors for n, w in world.items() if not w.live}
-                return float(script.next_call().gradients(values, ()).loss)
+                return float(script.next_call().gradients(values_of(self._world()), ()).loss)
 
             try:
                 solve = self._solve(name, repeatable=False)
@@ -488,8 +486,8 @@ class Engine:
         self._levels = {
             name: replace(
                 level,
-                loss=double_loss(level.loss),
-                hyperparameters={key: double_option(f) for key, f in level.hyperparameters.items()},
+                loss=in_float64(level.loss),
+                hyperparameters={key: in_float64(f) for key, f in level.hyperparameters.items()},
             )
             for name, level in levels.items()
         }

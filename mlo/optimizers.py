@@ -295,14 +295,21 @@ class Update:
     def decays(self) -> dict[int, float | Tensor]:
         """Return the coupled weight decay of each parameter that the step moves.
 
-        With `signs` it makes the level's loss L_p the objective F_p that the step minimizes: the gradient of F_p is
-        sign * dL_p/dw + decay * w.
+        With `signs` it makes the level's loss L_p the objective F_p that the step minimizes: see `total_gradient`.
         """
         return {
             i: coupled_weight_decay(self.optimizer, {**b.options, **self.hyperparameters})
             for b in self.buckets
             for i in b.indices
         }
+
+    def total_gradient(self, weights: Tensors, gradient: Gradient) -> Gradient:
+        """Return the gradient of F_p, sign * dL_p/dw + decay * w, given that of L_p; None for what does not move."""
+        signs, decays = self.signs(), self.decays()
+        return tuple(
+            None if g is None or i not in signs else signs[i] * g + decays[i] * w
+            for i, (w, g) in enumerate(zip(weights, gradient, strict=True))
+        )
 
     def _rule(
         self, bucket: _Bucket, weights: Tensors, gradient: Gradient, state: OptimizerState

@@ -16,7 +16,7 @@ import torch
 from mlo.autodiff import Gradient
 from mlo.levels import Tensors
 from mlo.optimizers import OptimizerState
-from mlo.sweep import Context, End, Ends, Member, Response, Solve, Step, Weights, World, like_recorded, sweep
+from mlo.sweep import Context, End, Ends, Member, Response, Solve, Step, Weights, World, like_recorded, sweep, values_of
 
 
 def replay_solve(
@@ -145,8 +145,7 @@ def _replay_step(
     found = sweep(context, step.call, inner, world, [step.level], create_graph=create_graph)
     weights = now[step.level].tensors
     gradient = like_recorded(step.gradient, found.of[step.level], weights)
-    values = {name: w.tensors for name, w in world.items() if not w.live}
-    options = step.call.hyperparameters(values, create_graph=create_graph)
+    options = step.call.hyperparameters(values_of(world), create_graph=create_graph)
     update = replace(step.update, state=step.update.state if state is None else state, hyperparameters=options)
     after, new_state = update.apply(weights, gradient, update.state)
     if not create_graph:

@@ -76,10 +76,6 @@ class Script:
         """Keep the gradient of a level's objective, its optimizer's coupled weight decay included."""
         if problem.name in self.gradients:
             update = Update.capture(problem.optimizer, variables, gradient, None)
-            signs, decays = update.signs(), update.decays()
-            pieces = [
-                (signs[i] * g + decays[i] * variables[i].detach()).reshape(-1)
-                for i in signs
-                if (g := gradient[i]) is not None
-            ]
+            found = update.total_gradient(tuple(v.detach() for v in variables), gradient)
+            pieces = [g.reshape(-1) for g in found if g is not None]
             self.gradients[problem.name].append(torch.cat(pieces) if pieces else torch.zeros(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,13 +95,14 @@ class LevelState:
             DivergenceError: one is not finite.
         """
         for name, value in values.items():
-            numbers = value.tolist()
-            if not bool(torch.isfinite(value).all()):
+            numbers = value.reshape(-1).tolist()
+            option = tuple(numbers) if value.dim() else numbers[0]
+            if not all(map(math.isfinite, numbers)):
                 raise DivergenceError(
-                    f"level {self.problem.name!r}, hyperparameter {name!r}: expected a finite number; found {numbers}"
+                    f"level {self.problem.name!r}, hyperparameter {name!r}: expected a finite number; found {option}"
                 )
             for group in self.problem.optimizer.param_groups:
-                group[name] = tuple(numbers) if isinstance(numbers, list) else numbers
+                group[name] = option
 
     def take_step(self, gradient: Gradient) -> None:
         """Step optimizer and scheduler with a gradient, clipped; keep the present version if a record needs it."""

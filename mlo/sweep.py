@@ -23,7 +23,7 @@ from typing import Protocol
 
 import torch
 
-from mlo.autodiff import Call, Gradient, Gradients, add, alias, check_twice_differentiable, dense, norm
+from mlo.autodiff import Call, Gradient, Gradients, accumulate, add, alias, check_twice_differentiable, dense, norm
 from mlo.calls import Calls
 from mlo.errors import MloError
 from mlo.levels import Tensors
@@ -53,6 +53,11 @@ class Weights:
 
 World = Mapping[str, Weights]
 """The variables of all levels at one moment."""
+
+
+def values_of(world: World) -> dict[str, Tensors]:
+    """Return the variables of the levels that are not at their module's own parameters."""
+    return {name: w.tensors for name, w in world.items() if not w.live}
 
 
 class SecondOrder(Protocol):
@@ -197,7 +202,7 @@ class Step:
         """
         if not cotangents or not targets:
             return {}
-        values = {name: w.tensors for name, w in self.world.items() if not w.live}
+        values = values_of(self.world)
         call = self.call.along_hyperparameters(cotangents)
         found = call.gradients(values, targets, create_graph=self.create_graph)
         return {q: dense(found.of[q], self.world[q].tensors) for q in targets}
@@ -262,7 +267,7 @@ class Step:
         for part in self.call.parts:
             with torch.enable_grad(), replace(self, call=part).second_order(targets) as product:
                 found = product(direction, targets, create_graph=create_graph)
-            total = {q: tuple(a + b for a, b in zip(total[q], found[q], strict=True)) for q in targets}
+            total = accumulate(total, found)
         return {q: tuple(t / len(self.call.parts) for t in tensors) for q, tensors in total.items()}
 
     def difference(self, direction: Gradient, targets: Sequence[str], radius: float) -> dict[str, Tensors]:
@@ -345,7 +350,7 @@ class Step:
 
     def _values(self, targets: Iterable[str], own: Tensors) -> dict[str, Tensors]:
         """Return the values to evaluate at; levels left out are read live, at their module's own parameters."""
-        values = {name: w.tensors for name, w in self.world.items() if not w.live}
+        values = values_of(self.world)
         for q in targets:
             if q in values or self.inner is not None:  # a repeated solve must tell partial from total derivatives
                 values[q] = self._alias(self.world[q].tensors)
@@ -559,7 +564,7 @@ def sweep(
     wanted = {*inside, *wrt}
     attached_reads = structure.reads[level]
     attached = [q for q in (level, *attached_reads) if q in wanted]
-    values = {name: w.tensors for name, w in world.items() if not w.live}
+    values = values_of(world)
     direct = call.gradients(
         values,
         attached,

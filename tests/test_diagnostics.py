@@ -5,12 +5,8 @@ import torch
 
 import mlo
 from tests.conformance.quadratics import oracle, quadratic_engine
-from tests.conformance.random_graphs import draw_graph
+from tests.conformance.random_graphs import draw_graph, flat
 from tests.toys import assert_same_state, state_of, three_levels
-
-
-def flat(tensors):
-    return torch.cat([t.reshape(-1).double() for t in tensors])
 
 
 def played(engine, rounds=1):
@@ -44,7 +40,7 @@ def test_nothing_else_changes(rollback):
 @pytest.mark.parametrize("estimator", [mlo.SAMA(), mlo.Unroll(last=1)], ids=repr)
 def test_the_figures_are_those_of_the_two_hypergradients(estimator):
     used, exact = three_levels(estimator=estimator, steps=3), three_levels(estimator=mlo.Unroll(), steps=3)
-    a, b = (flat(engine.hypergradient("gate").values()) for engine in (used, exact))
+    a, b = (flat(engine.hypergradient("gate").values()).double() for engine in (used, exact))
     found = played(three_levels(estimator=estimator, steps=3, diagnostics_every=1))[0]
     assert found["gate.hypergradient_cosine"] == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-6)
     assert found["gate.hypergradient_error"] == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-4)

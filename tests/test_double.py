@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mlo.double import double_loss, in_double
+from mlo.double import in_double, in_float64
 
 
 def test_a_loss_computes_in_float64_whatever_it_asks_for():
@@ -25,7 +25,7 @@ def test_a_loss_computes_in_float64_whatever_it_asks_for():
         assert torch.stack([x[0], outside[0]]).dtype == torch.float64
         return (hidden * mask).sum() + F.mse_loss(hidden, outside)
 
-    result = double_loss(loss)(None, (torch.ones(5, 3), torch.ones(5, dtype=torch.int64)))
+    result = in_float64(loss)(None, (torch.ones(5, 3), torch.ones(5, dtype=torch.int64)))
     assert result.dtype == torch.float64
     assert outside.dtype == torch.float32
 
@@ -48,7 +48,7 @@ def test_modules_and_optimizers_get_their_very_tensors_back():
     before = tensors()
     with in_double([(net, optimizer)]):
         assert {t.dtype for t in [*net.parameters(), *net.buffers()]} == {torch.float64, torch.int64}
-        double_loss(lambda levels, batch: net(batch)[0].sum())(None, torch.ones(5, 3)).backward()
+        in_float64(lambda levels, batch: net(batch)[0].sum())(None, torch.ones(5, 3)).backward()
         optimizer.step()
     for (pointer, dtype, value), (new_pointer, new_dtype, new_value) in zip(before, tensors(), strict=True):
         assert (pointer, dtype) == (new_pointer, new_dtype)

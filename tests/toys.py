@@ -107,3 +107,14 @@ def assert_same_state(a: dict[str, object], b: dict[str, object]) -> None:
     for key, value in a.items():
         same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
         assert same, f"{key} differs: {value} and {b[key]}"
+
+
+def assert_resumes(make, folder, *, rounds: int = 4, at: int = 2) -> None:
+    """A run that is saved, and loaded by another engine, goes on as if it had not been interrupted."""
+    whole, first, second = (make() for _ in range(3))
+    whole.run(rounds, progress=False)
+    first.run(at, total_rounds=rounds, progress=False)
+    first.save(folder / "checkpoint")
+    second.load(folder / "checkpoint")
+    second.run(rounds - at, progress=False)
+    assert_same_state(state_of(whole), state_of(second))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.autodiff import add, dense
+from mlo.autodiff import accumulate
 from mlo.hypergradients.base import Hypergradient
 from mlo.levels import Tensors
 from mlo.linear_solvers import LinearOperator, Solution
@@ -81,7 +81,7 @@ class Implicit(Hypergradient):
                 x = _differentiable(system, solve, b, x)
             found = product(system.direction(-x), response.targets, create_graph=step.create_graph)
         decay = step.pull_back_hyperparameters(system.decay_cotangent(-x), response.targets)
-        return {q: dense(add(c, decay[q]), c) if q in decay else c for q, c in found.items()}
+        return accumulate(found, decay)
 
 
 class System:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Gradient, add, dense, norm
+from mlo.autodiff import Gradient, accumulate, norm
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.levels import Tensors
@@ -92,7 +92,7 @@ class Penalty(Hypergradient):
             update = replace(step.update, hyperparameters={**step.update.hyperparameters, "lr": rate})
             step = replace(step, update=update)
         signs = step.update.signs()
-        tilt: Gradient = tuple(a * signs[i] / self.strength if i in signs else None for i, a in enumerate(cotangent))
+        tilt: Gradient = tuple(a / self.strength if i in signs else None for i, a in enumerate(cotangent))
         solutions = [self._solve(step, tilt, side) for side in (1.0, -1.0)]
         self._report(step, tilt, solutions, response)
         # Where the optimizer maximizes, F_p = -L_p: the way from one end to the other is then the other way round.
@@ -100,12 +100,13 @@ class Penalty(Hypergradient):
         above, below = zip(*(e if signs.get(i, 1.0) > 0 else e[::-1] for i, e in enumerate(ends)), strict=True)
         found = step.change(below, above, response.targets, (solutions[1].ends, solutions[0].ends))
         decay = step.pull_back_hyperparameters(_decay_change(step, solutions), response.targets)
-        change = {q: dense(add(c, decay[q]), c) if q in decay else c for q, c in found.items()}
+        change = accumulate(found, decay)
         return {q: tuple(t * (self.strength / 2) for t in tensors) for q, tensors in change.items()}
 
     def _solve(self, step: Step, tilt: Gradient, side: float) -> _Solution:
-        """Take the level's steps with a tilted objective."""
+        """Take the level's steps with F_p tilted by `side` times `tilt`."""
         weights, state, update = step.weights, step.update.state, step.update
+        signs = update.signs()
         ends: dict[str, End] = {}
         found: Gradient = ()
         last = weights
@@ -113,7 +114,8 @@ class Penalty(Hypergradient):
             last, found = weights, step.gradient_at(weights, ends)
             with torch.set_grad_enabled(step.create_graph):
                 tilted = tuple(
-                    None if g is None else g if t is None else g + side * t for g, t in zip(found, tilt, strict=True)
+                    g if g is None or t is None else g + side * signs[i] * t
+                    for i, (g, t) in enumerate(zip(found, tilt, strict=True))
                 )
                 weights, state = update.apply(weights, tilted, state)
                 update = update.following()
@@ -121,21 +123,16 @@ class Penalty(Hypergradient):
 
     def _report(self, step: Step, tilt: Gradient, solutions: Sequence[_Solution], response: Response) -> None:
         """Report how far the solves are from the end: norm(H x - a_p) / norm(a_p) for the x that they amount to."""
-        above, below = solutions
-        left, whole = [], []
         with torch.no_grad():
-            decays = step.update.decays()
-            for i, t in enumerate(tilt):
-                up, down = above.gradient[i], below.gradient[i]
-                if t is None or up is None or down is None:
-                    continue
-                sign = step.update.signs()[i]
-                decay = sign * decays[i] * (above.last[i] - below.last[i])
-                left.append((up - down + decay) / 2 + t)
-                whole.append(t)
-            if not whole or not bool(norm(whole)):
+            up, down = (step.update.total_gradient(s.last, s.gradient) for s in solutions)
+            sides = [
+                ((a - b) / 2 + t, t)
+                for a, b, t in zip(up, down, tilt, strict=True)
+                if a is not None and b is not None and t is not None
+            ]
+            if not sides or not bool(length := norm([t for _, t in sides])):
                 return
-            residual = float(norm(left) / norm(whole))
+            residual = float(norm([left for left, _ in sides]) / length)
         response.report("penalty_residual", residual)
         if not residual < 0.5:  # without figures in its text, so that it is shown once
             warnings.warn(

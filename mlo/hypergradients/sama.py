@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlo.autodiff import Gradient
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_number
-from mlo.hypergradients.steps import pull_back_steps
+from mlo.hypergradients.finite_difference import FiniteDifference
 from mlo.levels import Tensors
-from mlo.sweep import Response, Step
+from mlo.sweep import Response
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,4 @@ class SAMA(Hypergradient):
 
     def pullback(self, cotangent: Tensors, response: Response) -> Mapping[str, Tensors]:
         """Pull back through the optimizer's last step, then take the mixed product."""
-        return pull_back_steps(cotangent, response, 1, self._product)
-
-    def _product(self, step: Step, direction: Gradient, targets: Sequence[str]) -> dict[str, Tensors]:
-        if step.inner is not None:
-            return step.product(direction, targets)
-        return step.difference(direction, targets, self.radius)
+        return FiniteDifference(self.radius, last=1).pullback(cotangent, response)

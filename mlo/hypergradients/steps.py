@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
-from mlo.autodiff import Gradient
+from mlo.autodiff import Gradient, accumulate
 from mlo.levels import Tensors
 from mlo.sweep import Response, Step
 
@@ -30,23 +30,17 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
     start = response.start if response.complete and num == len(response.steps) else None
     total = {q: response.zeros(q) for q in response.targets}
 
-    def receive(found: Mapping[str, Tensors]) -> None:
-        for q, c in found.items():
-            total[q] = tuple(a + b for a, b in zip(total[q], c, strict=True))
-
     state_cotangent = None
     for index, step in enumerate(islice(response.backwards(), num)):
         a_weights, direction, state_cotangent, a_options = step.pull_back_update(cotangent, state_cotangent)
-        receive(step.pull_back_hyperparameters(a_options, response.current(step)))
+        total = accumulate(total, step.pull_back_hyperparameters(a_options, response.current(step)))
         goes_on = index < num - 1 or start is not None
         targets = (response.level, *response.current(step)) if goes_on else response.current(step)
         if targets and any(d is not None for d in direction):  # else the step's loss did not depend on the level
             products = product(step, direction, targets)
             own = products.pop(response.level, response.zeros(response.level))
-            receive(products)
+            total = accumulate(total, products)
             cotangent = tuple(a + b for a, b in zip(a_weights, own, strict=True))
         else:
             cotangent = a_weights
-    if start is not None:
-        receive({start: cotangent})
-    return total
+    return total if start is None else accumulate(total, {start: cotangent})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.functional import mse_loss
 
 import mlo
 
@@ -30,6 +31,16 @@ def build_optimizer(options, module):
 
 def flat(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def fit(name, sources):
+    """The loss of a level whose network fits targets at inputs to which the outputs of others are added."""
+
+    def loss(levels, batch):
+        x, y = batch
+        return mse_loss(getattr(levels, name)(x + sum(getattr(levels, q)(x) for q in sources)), y)
+
+    return loss
 
 
 @dataclass

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mlo
-from tests.toys import assert_same_state, state_of
+from tests.toys import assert_resumes, assert_same_state, state_of
 
 
 class Block(nn.Module):
@@ -87,10 +87,4 @@ def test_the_black_box_agrees(checkpoint, rollback):
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path):
-    whole, first, second = (engine(mlo.Unroll(checkpoint=True), shuffle=True, diagnostics_every=2) for _ in range(3))
-    whole.run(4, progress=False)
-    first.run(2, total_rounds=4, progress=False)
-    first.save(tmp_path / "checkpoint")
-    second.load(tmp_path / "checkpoint")
-    second.run(2, progress=False)
-    assert_same_state(state_of(whole), state_of(second))
+    assert_resumes(lambda: engine(mlo.Unroll(checkpoint=True), shuffle=True, diagnostics_every=2), tmp_path)

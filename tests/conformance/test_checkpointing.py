@@ -10,11 +10,7 @@ import mlo
 from tests.toys import assert_same_state, state_of, three_levels
 
 from .quadratics import relative_error
-from .random_graphs import draw_graph
-
-
-def flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
+from .random_graphs import draw_graph, flat
 
 
 @pytest.mark.parametrize("last", [None, 1, 3, 4])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import mlo
 
 from .quadratics import Vector, relative_error
+from .random_graphs import fit, flat
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # by the compiler, of its inputs
@@ -48,22 +48,22 @@ def hypergradient(estimator, *, function=torch.tanh, nested=False, wrap=lambda m
     reads = {"low": names[1:], "middle": ("low", "top"), "top": names[:-1]}
     data = [torch.randn(2, 6, 4, dtype=torch.float64).unbind() for _ in range(2)]
 
-    def loss(name):
-        def compute(levels, batch):
-            x, y = batch
-            return F.mse_loss(getattr(levels, name)(x + sum(getattr(levels, q)(x) for q in reads[name])), y)
-
-        return compute
-
     problems = [
-        mlo.Problem(name, module, loss(name), torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.1), data,
-                    hypergradient=estimator, steps=2)
+        mlo.Problem(
+            name,
+            module,
+            fit(name, reads[name]),
+            torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.1),
+            data,
+            hypergradient=estimator,
+            steps=2,
+        )
         for name, module in modules.items()
-    ]  # fmt: skip
+    ]
     edges = [mlo.Edge(source, target) for target in names for source in reads[target]]
     engine = mlo.Engine(mlo.Graph(problems, edges), seed=0, device="cpu")
     engine.run(1, progress=False)
-    return torch.cat([t.reshape(-1) for t in engine.hypergradient("top").values()])
+    return flat(engine.hypergradient("top").values())
 
 
 @pytest.mark.parametrize(("estimator", "nested"), [*((e, False) for e in FIRST), (FIRST[-1], True)], ids=repr)

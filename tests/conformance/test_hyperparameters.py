@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
 import mlo
+from tests.toys import assert_resumes
 
 from .quadratics import Vector, relative_error
 
@@ -26,10 +27,6 @@ OPTIMIZERS = {
     "adam": (torch.optim.Adam, {"lr": 9.0}, ["lr", "weight_decay", "betas", "eps"]),
     "adamw": (torch.optim.AdamW, {"lr": 9.0}, ["lr", "weight_decay", "betas"]),
 }
-
-
-def flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def data(seed, num=3):
@@ -157,16 +154,7 @@ def test_in_a_nest():
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path):
-    whole, first = tuned(mlo.Unroll(), "adam"), tuned(mlo.Unroll(), "adam")
-    whole.run(4, progress=False)
-    first.run(2, total_rounds=4, progress=False)
-    first.save(tmp_path / "checkpoint")
-    second = tuned(mlo.Unroll(), "adam")
-    second.load(tmp_path / "checkpoint")
-    second.run(2, progress=False)
-    for a, b in zip(whole.graph.levels, second.graph.levels, strict=True):
-        for p, q in zip(a.module.parameters(), b.module.parameters(), strict=True):
-            assert torch.equal(p, q)
+    assert_resumes(lambda: tuned(mlo.Unroll(), "adam"), tmp_path)
 
 
 def test_mistakes():

@@ -5,13 +5,10 @@ import torch
 from torch.nn import functional as F
 
 import mlo
-from tests.toys import assert_same_state, network, noisy_images, state_of
+from tests.toys import assert_resumes, assert_same_state, network, noisy_images, state_of
 
 from .quadratics import relative_error
-
-
-def flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
+from .random_graphs import fit, flat
 
 
 def batches(num, size, seed=0):
@@ -20,7 +17,7 @@ def batches(num, size, seed=0):
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def levels(estimator, *, size, micro_batches, nested=False, **options):
+def levels(estimator, *, size, micro_batches, nested=False):
     """Equal data in batches of `size`; a network, its weight and, if nested, one more network in between."""
     torch.manual_seed(0)
 
@@ -30,18 +27,11 @@ def levels(estimator, *, size, micro_batches, nested=False, **options):
     modules = {"low": net(), "middle": net(), "top": net()}
     reads = {"low": ("middle", "top"), "middle": ("low",) if nested else (), "top": ("low", "middle")}
 
-    def loss(name):
-        def compute(levels, batch):
-            x, y = batch
-            return F.mse_loss(getattr(levels, name)(x + sum(getattr(levels, q)(x) for q in reads[name])), y)
-
-        return compute
-
     problems = [
         mlo.Problem(
             name,
             module,
-            loss(name),
+            fit(name, reads[name]),
             torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5, weight_decay=1.0),
             batches(24 // size, size),
             hypergradient=estimator,
@@ -51,7 +41,7 @@ def levels(estimator, *, size, micro_batches, nested=False, **options):
         for name, module in modules.items()
     ]
     edges = [mlo.Edge(source, target) for target in reads for source in reads[target]]
-    return mlo.Engine(mlo.Graph(problems, edges), seed=0, device="cpu", **options)
+    return mlo.Engine(mlo.Graph(problems, edges), seed=0, device="cpu")
 
 
 ESTIMATORS = [
@@ -90,7 +80,7 @@ def test_metrics_and_losses_are_means():
     assert metrics["only.loss"] == metrics["only.tensor"] == metrics["only.number"] == 3.0
 
 
-def with_buffers(estimator, **options):
+def with_buffers(estimator):
     """Batch normalization, dropout and a buffer that every pass moves and reads."""
     torch.manual_seed(0)
     lower, upper = network().double(), torch.nn.Linear(1, 3).double()
@@ -108,7 +98,7 @@ def with_buffers(estimator, **options):
         mlo.Problem("upper", upper, validate, torch.optim.Adam(upper.parameters(), lr=0.1), data),
     ]  # fmt: skip
     edges = [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")]
-    return mlo.Engine(mlo.Graph(problems, edges), seed=0, device="cpu", **options)
+    return mlo.Engine(mlo.Graph(problems, edges), seed=0, device="cpu")
 
 
 @pytest.mark.parametrize("estimator", [mlo.Unroll(), mlo.Unroll(checkpoint=True)], ids=repr)
@@ -121,13 +111,7 @@ def test_each_part_is_repeated_with_its_own_buffers_and_draws(estimator):
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path):
-    whole, first, second = (with_buffers(mlo.Unroll()) for _ in range(3))
-    whole.run(3, progress=False)
-    first.run(1, total_rounds=3, progress=False)
-    first.save(tmp_path / "checkpoint")
-    second.load(tmp_path / "checkpoint")
-    second.run(2, progress=False)
-    assert_same_state(state_of(whole), state_of(second))
+    assert_resumes(lambda: with_buffers(mlo.Unroll()), tmp_path)
 
 
 def test_a_wrong_number_is_refused():

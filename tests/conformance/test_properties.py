@@ -11,7 +11,7 @@ import mlo
 from mlo.hypergradients import KINDS
 
 from .quadratics import oracle, quadratic_engine, relative_error
-from .random_graphs import draw_graph
+from .random_graphs import draw_graph, fit, flat
 
 ARGUMENTS = {
     "finite_difference": {"last": None},
@@ -21,10 +21,6 @@ ARGUMENTS = {
 }
 ESTIMATORS = {kind: estimator(**ARGUMENTS.get(kind, {})) for kind, estimator in KINDS.items()}
 DIFFERENCES = {"finite_difference", "penalty", "sama"}  # of first derivatives: linear for quadratics only
-
-
-def flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def estimators(*, without=frozenset()):
@@ -51,18 +47,14 @@ def diamond(estimator, *, dtype=torch.float64, names=tuple(DIAMOND), shuffle=Non
                 p.copy_(0.4 * draw(*p.shape))
         batches[name] = [(draw(5, 3), draw(5, 3)) for _ in range(2)]
 
-    def loss(name):
-        def compute(levels, batch):
-            x, y = batch
-            if name == "top":
-                return mse_loss(levels.left(x) + levels.right(x) + levels.top(x), y)
-            return mse_loss(getattr(levels, name)(x + sum(getattr(levels, q)(x) for q in DIAMOND[name])), y)
-
-        return compute
+    def predict(levels, batch):
+        x, y = batch
+        return mse_loss(levels.left(x) + levels.right(x) + levels.top(x), y)
 
     def problem(name):
+        loss = predict if name == "top" else fit(name, DIAMOND[name])
         sgd = torch.optim.SGD(modules[name].parameters(), lr=0.1, momentum=0.5, weight_decay=2.0)
-        return mlo.Problem(name, modules[name], loss(name), sgd, batches[name], hypergradient=estimator, steps=3)
+        return mlo.Problem(name, modules[name], loss, sgd, batches[name], hypergradient=estimator, steps=3)
 
     edges = [mlo.Edge(source, target) for target in DIAMOND for source in DIAMOND[target]]
     if shuffle is not None:
