@@ -151,6 +151,14 @@ class Graph:
                     f"level {name!r}: expected a module with parameters that require a gradient; found none. Set "
                     f"requires_grad=True on what is to be trained."
                 )
+        for problem in self.levels:
+            for name, parameter in problem.module.named_parameters():
+                if type(parameter).__module__.startswith("torch.distributed"):
+                    raise GraphError(
+                        f"level {problem.name!r}: expected parameters that are whole; found {name}, a "
+                        f"{type(parameter).__name__}. A sharded module does not see the values that a level is "
+                        f"evaluated at, and its hypergradients would be wrong. Leave it unsharded."
+                    )
         for a, b in combinations(self.levels, 2):
             shared = [n for i, n in owned[a.name].items() if i in owned[b.name]]
             if shared:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import mlo
 
@@ -79,6 +81,23 @@ def test_compiled_modules(estimator):
     torch._dynamo.reset()
     compiled = hypergradient(estimator, wrap=lambda module: torch.compile(module, backend="aot_eager"))
     assert relative_error(compiled, expected) < 1e-9
+
+
+@pytest.mark.parametrize("estimator", FIRST, ids=repr)
+def test_flash_attention(estimator):
+    """Its kernel has one derivative, that of the reference implementation many."""
+
+    def attend(backend):
+        def function(x):
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(*(x[:, None],) * 3)[:, 0].tanh()
+
+        return function
+
+    flash, reference = (
+        hypergradient(estimator, function=attend(backend)) for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    )
+    assert relative_error(flash, reference) < 1e-9
 
 
 @pytest.mark.parametrize("estimator", SECOND, ids=repr)
