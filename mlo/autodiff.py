@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo.calls import Calls
-from mlo.errors import GraphError
+from mlo.errors import GraphError, MloError
 from mlo.levels import Buffers, Levels, LevelView, Output, Tensors, Variables
 from mlo.randomness import seed_generators
+from mlo.sharding import Group, ShardedVariables, average, find_variables, reduced
 
 Gradient = tuple[Tensor | None, ...]
 """A gradient as autograd gives it: None where the loss does not depend on the parameter."""
@@ -31,10 +32,12 @@ class Backend:
     Attributes:
         device: of the modules and batches.
         autocast: the lower precision of first-order passes, or None to cast nothing.
+        group: the processes over whose batches every loss is averaged, or None for this one alone.
     """
 
     device: torch.device
     autocast: torch.dtype | None = None
+    group: Group = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Level:
     buffers: Buffers = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "variables", Variables(self.module))
+        object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
 
 
@@ -117,8 +120,7 @@ class LossCall:
         with ExitStack() as stack:
             for name in names:
                 level = self.levels[name]
-                if name in values:
-                    stack.enter_context(level.variables.bound(values[name]))
+                stack.enter_context(level.variables.bound(values.get(name)))
                 if not (moves_buffers and name == self.level):
                     stack.enter_context(level.buffers.held(self.buffers.get(name)))
             yield
@@ -195,7 +197,7 @@ class LossCall:
             return {}
         bound: dict[str, Tensors] = {}
         for name in own.reads:
-            tensors = self.constants.get(name, values.get(name, self.levels[name].variables.parameters))
+            tensors = self.constants.get(name, values.get(name, self.levels[name].variables.tensors))
             attached = create_graph and name in own.attached and name in values
             bound[name] = tensors if attached else tuple(t.detach() for t in tensors)
         views = {name: LevelView(self.levels[name].module, self.levels[name].module) for name in own.reads}
@@ -247,13 +249,18 @@ class LossCall:
             follows: levels read at their module's own parameters that the graph must reach, although not in `wrt`.
             scale: factor on the loss during the backward pass, divided out again (for fp16).
         """
+        in_place = self._is_in_place(create_graph=create_graph)
+        record = None if in_place else record  # FSDP frees what a kept graph would go back through
         bound: dict[str, Tensors] = {}
         inputs: dict[str, Tensors] = {}
         for name in (self.level, *self.levels[self.level].reads):
             tensors = self.constants.get(name, values.get(name))
             if tensors is None:
-                if name in wrt:
+                if name in wrt and not in_place:
                     inputs[name] = self.levels[name].variables.parameters
+                elif name in wrt:
+                    own = self.levels[name].variables.detached()
+                    inputs[name] = bound[name] = tuple(t.requires_grad_() for t in own)
                 elif name not in follows:
                     bound[name] = self.levels[name].variables.detached()
             elif name in wrt or name == self.level:  # an alias, so that the derivative is partial
@@ -267,7 +274,9 @@ class LossCall:
         with self.in_force(bound, moves_buffers=moves_buffers):
             output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay)
             grads: Gradient = (None,) * len(flat)
-            if output.loss.requires_grad and flat:
+            if output.loss.requires_grad and flat and in_place:
+                grads = self._backward(output.loss * scale, inputs, wrt)
+            elif output.loss.requires_grad and flat:
                 # Where the gradient is to be differentiated, its seed is variable: an operation that has no second
                 # derivative then leaves a trace, even if it is the loss's last.
                 grads = torch.autograd.grad(
@@ -285,7 +294,50 @@ class LossCall:
                 count = len(self.levels[name].variables.parameters)
                 of[name] = grads[position : position + count] if name in inputs else (None,) * count
                 position += count if name in inputs else 0
-            yield Gradients(output.loss.detach(), output.metrics, of, grads[position:])
+            loss = output.loss.detach()
+            if self.backend.group is not None:
+                loss, of = self._average(loss, of)
+            yield Gradients(loss, output.metrics, of, grads[position:])
+
+    def _is_in_place(self, *, create_graph: bool) -> bool:
+        """Whether the loss reads a sharded level, which can only be evaluated in place.
+
+        Raises:
+            MloError: derivatives are to be differentiated in a graph with such a level.
+        """
+        sharded = [name for name, level in self.levels.items() if level.variables.sharded]
+        if create_graph and sharded:
+            raise MloError(
+                f"level {self.level!r}: expected an estimator of first derivatives, as level {sharded[0]!r} is "
+                f"sharded; found one that takes second-order products here. Choose mlo.Penalty(), or outside a nest "
+                f"mlo.FiniteDifference() or mlo.SAMA()."
+            )
+        return any(name in sharded for name in (self.level, *self.levels[self.level].reads))
+
+    def _backward(self, loss: Tensor, inputs: Mapping[str, Tensors], wrt: Sequence[str]) -> Gradient:
+        """Return what `torch.autograd.grad` would, by a backward pass, which is what FSDP listens to."""
+        with ExitStack() as stack:
+            found: dict[str, Sequence[Tensor | None]] = {
+                name: stack.enter_context(variables.collecting())
+                for name in (self.level, *self.levels[self.level].reads)
+                if isinstance(variables := self.levels[name].variables, ShardedVariables)
+            }
+            loss.backward()  # type: ignore[no-untyped-call]
+        return tuple(g for name in wrt if name in inputs for g in found.get(name, [t.grad for t in inputs[name]]))
+
+    def _average(self, loss: Tensor, of: Mapping[str, Gradient]) -> tuple[Tensor, dict[str, Gradient]]:
+        """Average over all processes what FSDP has not averaged."""
+        names = [name for name in of if not self.levels[name].variables.sharded]
+        parameters = [p for name in names for p in self.levels[name].variables.parameters]
+        gradients = [g for name in names for g in of[name]]
+        found = average([loss, *gradients], [loss, *parameters], self.backend.group)
+        assert found[0] is not None
+        result, position = dict(of), 1
+        for name in names:
+            count = len(of[name])
+            result[name] = found[position : position + count]
+            position += count
+        return found[0], result
 
     def gradients(self, values: Mapping[str, Tensors], wrt: Sequence[str], **options: Any) -> Gradients:
         """Return what `differentiated` gives."""
@@ -374,12 +426,18 @@ def dense(gradient: Gradient, like: Sequence[Tensor]) -> Tensors:
     return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(gradient, like, strict=True))
 
 
-def norm(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None)."""
-    present = [t for t in tensors if t is not None and t.numel()]
-    largest = torch.stack([t.detach().abs().amax() for t in present]).amax()
+def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
+    """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None).
+
+    Args:
+        tensors: the entries.
+        group: processes that hold shards of them; the result then has no derivative.
+    """
+    given = [t for t in tensors if t is not None]
+    present = [t for t in given if t.numel()] or [given[0].new_zeros(1)]  # a shard may be empty
+    largest = reduced(torch.stack([t.detach().abs().amax() for t in present]).amax(), "MAX", group)
     unit = torch.where(largest > 0, largest, 1.0)  # so that no square under- or overflows
-    square = torch.stack([(t / unit).square().sum() for t in present]).sum()
+    square = reduced(torch.stack([(t / unit).square().sum() for t in present]).sum(), "SUM", group)
     positive = square > 0  # the square root has no derivative at 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) * unit
 

@@ -22,6 +22,7 @@ from mlo.hypergradients import Claim
 from mlo.levels import Tensors, Variables
 from mlo.randomness import random_key
 from mlo.script import Script
+from mlo.sharding import is_sharded
 
 _ROUNDING = 10 * torch.finfo(torch.float64).eps  # of a loss, relative
 
@@ -212,7 +213,7 @@ def checkable(graph: Graph, name: str | None, device: torch.device) -> tuple[str
 
     Raises:
         GraphError: an unknown name, or a level with nothing inside.
-        MloError: a device without float64.
+        MloError: a device without float64, or a sharded level.
     """
     inside = graph.structure.inside
     if name is not None:
@@ -224,6 +225,8 @@ def checkable(graph: Graph, name: str | None, device: torch.device) -> tuple[str
             f"check: expected levels solved inside {where}; found none: its hypergradient is a plain gradient, and "
             f"there is nothing to check."
         )
+    if any(is_sharded(problem.module) for problem in graph.levels):
+        raise MloError("check: expected levels that are whole; found a sharded one. Check without fully_shard.")
     if device.type == "mps":
         raise MloError("check: expected a device with float64; found mps. Build the engine with device='cpu'.")
     return uppers

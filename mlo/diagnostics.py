@@ -17,6 +17,7 @@ from mlo.graph import Graph
 from mlo.hypergradients import FirstOrder, Penalty, Unroll
 from mlo.levels import Tensors
 from mlo.optimizers import has_update_rule
+from mlo.sharding import is_sharded
 from mlo.sweep import Context, Solve, Step, World, sweep
 
 
@@ -32,6 +33,11 @@ def check_interval(interval: int | None, graph: Graph) -> None:
     if type(interval) is not int or interval < 1:
         raise MloError(f"diagnostics_every: expected a whole number of at least 1, or None; found {interval!r}")
     for problem in graph.levels:
+        if is_sharded(problem.module):
+            raise GraphError(
+                f"diagnostics_every: expected levels that are whole, for they need second derivatives; found that "
+                f"level {problem.name!r} is sharded. Leave the diagnostics out."
+            )
         if problem.name not in graph.structure.tops and not has_update_rule(problem.optimizer):
             raise GraphError(
                 f"diagnostics_every: expected optimizers whose steps can be differentiated; found "

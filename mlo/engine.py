@@ -45,6 +45,7 @@ from mlo.optimizers import Update
 from mlo.randomness import isolated
 from mlo.replay import replay_solve
 from mlo.script import Script
+from mlo.sharding import by_first, find_group
 from mlo.state import LevelState, check_generators, move_optimizer
 from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep, values_of
 from mlo.tracing import trace
@@ -104,7 +105,11 @@ class Engine:
         self._diagnostics_every = diagnostics_every
         check_interval(diagnostics_every, graph)
         self._diagnosing = False
-        self._backend = Backend(find_device(device, [p.module for p in graph.levels]), _PRECISIONS[precision])
+        modules = [p.module for p in graph.levels]
+        group = find_group(modules)
+        if group is not None and precision == "fp16":
+            raise MloError("precision: expected 'bf16' or 'fp32' with a sharded level; found 'fp16'")
+        self._backend = Backend(find_device(device, modules), _PRECISIONS[precision], group)
         for problem in graph.levels:
             problem.module.to(self._backend.device)
             move_optimizer(problem.optimizer, self._backend.device)
@@ -205,8 +210,11 @@ class Engine:
             finally:
                 self._journal = journal
         variables = self._levels[name].variables
-        gradient = dense(found.of[name], variables.parameters)
-        return {n: g.detach().clone() for n, g in zip(variables.names, gradient, strict=True)}
+        gradient = dense(found.of[name], variables.tensors)
+        return {
+            n: variables.like_parameter(i, g.detach().clone())
+            for i, (n, g) in enumerate(zip(variables.names, gradient, strict=True))
+        }
 
     def check(
         self,
@@ -254,16 +262,14 @@ class Engine:
             CheckpointError: a level's data cannot be resumed, or the file cannot be written.
         """
         check_generators(self._states)
-        write_checkpoint(
-            path,
-            {
-                "seed": self.seed,
-                "rounds_done": self.rounds_done,
-                "total_rounds": self.total_rounds,
-                "levels": {name: state.state_dict() for name, state in self._states.items()},
-                "memory": self._journal.memory,
-            },
-        )
+        state = {
+            "seed": self.seed,
+            "rounds_done": self.rounds_done,
+            "total_rounds": self.total_rounds,
+            "levels": {name: own.state_dict() for name, own in self._states.items()},
+            "memory": self._journal.memory,
+        }
+        by_first(lambda: write_checkpoint(path, state), self._backend.group)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on where the run that wrote the checkpoint was, with its seed.
@@ -416,7 +422,7 @@ class Engine:
         options = call.hyperparameters(values_of(world))
         state.set_hyperparameters(options)
         if self._script is not None:
-            self._script.observe(self.graph[name], self._levels[name].variables.parameters, found.of[name])
+            self._script.observe(self.graph[name], self._levels[name].variables.tensors, found.of[name])
         if not recorded:
             return found, None
         problem, gradient = self.graph[name], found.of[name]
@@ -549,6 +555,8 @@ class Engine:
         if not self._traced:
             with self._at_work():
                 trace(self.graph, self._levels, self._states, self._progress(), self._backend)
+            for state in self._states.values():
+                state.renew()  # FSDP may have laid out the shards anew
         self._traced = True
 
     @contextmanager

@@ -13,6 +13,7 @@ from torch.optim import LBFGS
 from mlo.errors import GraphError, MloError
 from mlo.optimizers import coupled_weight_decay, has_update_rule, registered_optimizers
 from mlo.problem import Problem
+from mlo.sharding import check_shards, is_sharded
 from mlo.structure import Structure, reachable
 
 
@@ -60,6 +61,7 @@ class Graph:
         self._check_parameters()
         self._check_starts()
         self._check_estimators()
+        self._check_sharded()
 
     def __getitem__(self, name: str) -> Problem:
         self.check_name(name, "level")
@@ -144,6 +146,8 @@ class Graph:
                 )
 
     def _check_parameters(self) -> None:
+        for problem in self.levels:
+            check_shards(problem.name, problem.module)
         owned = {p.name: {id(w): n for n, w in p.module.named_parameters() if w.requires_grad} for p in self.levels}
         for name, own in owned.items():
             if not own:
@@ -151,14 +155,6 @@ class Graph:
                     f"level {name!r}: expected a module with parameters that require a gradient; found none. Set "
                     f"requires_grad=True on what is to be trained."
                 )
-        for problem in self.levels:
-            for name, parameter in problem.module.named_parameters():
-                if type(parameter).__module__.startswith("torch.distributed"):
-                    raise GraphError(
-                        f"level {problem.name!r}: expected parameters that are whole; found {name}, a "
-                        f"{type(parameter).__name__}. A sharded module does not see the values that a level is "
-                        f"evaluated at, and its hypergradients would be wrong. Leave it unsharded."
-                    )
         for a, b in combinations(self.levels, 2):
             shared = [n for i, n in owned[a.name].items() if i in owned[b.name]]
             if shared:
@@ -200,6 +196,8 @@ class Graph:
                     f"{where}: expected an edge from {problem.start!r}, whose variables it begins at; found {kind}. "
                     f"Declare mlo.Edge({problem.start!r}, {problem.name!r})."
                 )
+            if is_sharded(problem.module) != is_sharded(self[problem.start].module):
+                raise GraphError(f"{where}: expected both levels sharded, or none; found one of them")
             here, there = (
                 {n: (tuple(p.shape), p.dtype) for n, p in level.module.named_parameters() if p.requires_grad}
                 for level in (problem, self[problem.start])
@@ -234,6 +232,24 @@ class Graph:
                         coupled_weight_decay(type(problem.optimizer), {**group, **determined})
                     except MloError as error:
                         raise GraphError(f"level {problem.name!r}, {problem.hypergradient!r}: {error}") from error
+
+    def _check_sharded(self) -> None:
+        sharded = [problem for problem in self.levels if is_sharded(problem.module)]
+        for problem in sharded:
+            for option, value in (("clip_norm", problem.clip_norm), ("hyperparameters", problem.hyperparameters)):
+                if value:
+                    raise GraphError(
+                        f"level {problem.name!r}, {option}: expected none, as the level is sharded; found {value!r}. "
+                        f"Remove it, or leave the level unsharded."
+                    )
+        for problem in self.levels if sharded else ():
+            inside = any(problem.name in self.structure.inside[other.name] for other in self.levels)
+            if inside and problem.hypergradient.needs_second_derivatives:
+                raise GraphError(
+                    f"level {problem.name!r}: expected an estimator of first derivatives, as level "
+                    f"{sharded[0].name!r} is sharded; found {problem.hypergradient!r}. Choose mlo.Penalty(), "
+                    f"mlo.FiniteDifference(), mlo.SAMA() or mlo.FirstOrder()."
+                )
 
 
 def _parameter(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:

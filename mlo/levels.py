@@ -30,7 +30,12 @@ class Variables:
     Attributes:
         names: of the parameters that require a gradient, tied ones once.
         parameters: the parameters themselves, in the same order.
+        sharded: whether `tensors` are shards of them, see `mlo.sharding`.
+        group: the processes that hold the shards.
     """
+
+    sharded = False
+    group: Any = None
 
     def __init__(self, module: nn.Module) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -43,13 +48,25 @@ class Variables:
                 if p is not None and id(p) in index:
                     self._slots.append((owner._parameters, key, index[id(p)]))
 
+    @property
+    def tensors(self) -> Tensors:
+        """The level's variables as they are now: the parameters."""
+        return self.parameters
+
     def detached(self) -> Tensors:
-        """Return the parameters without gradient; they share memory with the parameters."""
-        return tuple(p.detach() for p in self.parameters)
+        """Return the variables without gradient; they share memory with the parameters."""
+        return tuple(t.detach() for t in self.tensors)
+
+    def like_parameter(self, index: int, tensor: Tensor) -> Tensor:  # noqa: ARG002
+        """Return a tensor of the shape of a variable in the form that the parameter has."""
+        return tensor
 
     @contextmanager
-    def bound(self, tensors: Tensors) -> Iterator[None]:
-        """Let `tensors` take the place of the parameters within the block."""
+    def bound(self, tensors: Tensors | None) -> Iterator[None]:
+        """Let `tensors` take the place of the parameters within the block; None for the parameters themselves."""
+        if tensors is None:
+            yield
+            return
         try:
             for container, key, i in self._slots:
                 container[key] = tensors[i]

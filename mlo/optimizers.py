@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from mlo.autodiff import Gradient, alias, norm
 from mlo.errors import MloError
 from mlo.levels import Tensors
+from mlo.sharding import local
 
 State = Mapping[str, Tensor]
 UpdateRule = Callable[[Tensor, Tensor, State, Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
@@ -217,7 +218,7 @@ class Update:
                     continue
                 own = optimizer.state.get(p, {})
                 state[i] = {
-                    key: value.clone()
+                    key: local(value).clone()
                     for key, value in own.items()
                     if isinstance(value, Tensor) and key != "step" and value.shape == p.shape
                 }

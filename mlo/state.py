@@ -17,6 +17,7 @@ from mlo.levels import Tensors
 from mlo.optimizers import clip
 from mlo.problem import Problem
 from mlo.randomness import random_key
+from mlo.sharding import distributed_like, whole
 from mlo.streams import Stream
 from mlo.sweep import Weights
 
@@ -56,7 +57,7 @@ class LevelState:
     def __init__(self, problem: Problem, level: Level, backend: Backend, seed: int) -> None:
         self.problem = problem
         self.level = level
-        self.weights = Weights(level.variables.parameters, live=True)
+        self.weights = Weights(level.variables.tensors, live=True)
         self.stream = Stream(problem.name, problem.data, seed, backend.device)
         self.scale = LossScale(active=backend.autocast == torch.float16)
         self.steps_taken = 0
@@ -78,15 +79,19 @@ class LevelState:
         num = self.problem.micro_batches
         return part() if num == 1 else MeanCall(tuple(part(index) for index in range(num)))
 
+    def renew(self) -> None:
+        """Let the present version of the variables be what the module holds now."""
+        self.weights = Weights(self.level.variables.tensors, live=True)
+
     @torch.no_grad()
     def restart(self, tensors: Tensors) -> None:
         """Begin anew at other values of the variables, with a new optimizer state."""
         if self.weights.recorded:
             self.weights.materialize()
-        for p, t in zip(self.level.variables.parameters, tensors, strict=True):
-            p.copy_(t)
+        for own, t in zip(self.level.variables.tensors, tensors, strict=True):
+            own.copy_(t)
         self.problem.optimizer.state.clear()
-        self.weights = Weights(self.level.variables.parameters, live=True)
+        self.renew()
 
     def set_hyperparameters(self, values: Mapping[str, Tensor]) -> None:
         """Give the optimizer the options that other levels determine.
@@ -113,15 +118,16 @@ class LevelState:
         kept = {p: p.grad for p in (*parameters, *held)}
         for p in kept:  # a frozen parameter may still have a gradient
             p.grad = None
-        for p, g in zip(parameters, clip(gradient, self.problem.clip_norm), strict=True):
-            # A copy: the record keeps the gradient, and an optimizer may write into the one it is given.
-            p.grad = None if g is None else g.detach().clone(memory_format=torch.contiguous_format)
+        like_parameter = self.level.variables.like_parameter
+        for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
+            if g is not None:  # a copy: the record keeps the gradient, and an optimizer may write into its own
+                parameters[i].grad = like_parameter(i, g.detach().clone(memory_format=torch.contiguous_format))
         self.problem.optimizer.step()
         for p, g in kept.items():
             p.grad = g
         if self.problem.scheduler is not None:
             self.problem.scheduler.step()
-        self.weights = Weights(parameters, live=True)
+        self.renew()
         self.steps_taken += 1
 
     def snapshot(self) -> Callable[[], None]:
@@ -157,7 +163,7 @@ class LevelState:
             if self.problem.scheduler is not None and scheduler is not None:
                 self.problem.scheduler.load_state_dict(copy.deepcopy(scheduler))
             self.steps_taken, self.scale.value, self.scale.good_steps = counters
-            self.weights = Weights(self.level.variables.parameters, live=True)
+            self.renew()
 
         return restore
 
@@ -166,9 +172,9 @@ class LevelState:
         scheduler = self.problem.scheduler
         return {
             "kinds": self._kinds(),
-            "module": self.problem.module.state_dict(),
+            "module": whole(self.problem.module.state_dict()),
             "loose_buffers": dict(_loose_buffers(self.problem.module)),
-            "optimizer": self.problem.optimizer.state_dict(),
+            "optimizer": whole(self.problem.optimizer.state_dict()),
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
             "stream": self.stream.state_dict(),
             "steps_taken": self.steps_taken,
@@ -197,13 +203,25 @@ class LevelState:
         if here != there:
             raise CheckpointError(f"{where} optimizer; its groups have {here} parameters here and {there} there")
 
+    def _distributed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Give an optimizer's saved state the layout of sharded parameters."""
+        parameters = [p for group in self.problem.optimizer.param_groups for p in group["params"]]
+        order = [index for group in saved["param_groups"] for index in group["params"]]
+        states = {
+            index: {key: distributed_like(value, p) for key, value in saved["state"][index].items()}
+            for index, p in zip(order, parameters, strict=True)
+            if index in saved["state"]
+        }
+        return {**saved, "state": states}
+
     def _kinds(self) -> list[str]:
         return [type(self.problem.optimizer).__name__, type(self.problem.scheduler).__name__]
 
     def load_state_dict(self, state: dict[str, Any], seed: int) -> None:
         """Go on where `state_dict` was taken; the state has been checked."""
-        self.problem.module.load_state_dict(state["module"])
-        self.problem.optimizer.load_state_dict(state["optimizer"])
+        own = self.problem.module.state_dict()
+        self.problem.module.load_state_dict({key: distributed_like(t, own[key]) for key, t in state["module"].items()})
+        self.problem.optimizer.load_state_dict(self._distributed(state["optimizer"]))
         if self.problem.scheduler is not None:
             self.problem.scheduler.load_state_dict(state["scheduler"])
         for name, buffer in _loose_buffers(self.problem.module):
@@ -212,7 +230,7 @@ class LevelState:
         self.stream.load_state_dict(state["stream"])
         self.steps_taken = state["steps_taken"]
         self.scale.value, self.scale.good_steps = state["scale"]
-        self.weights = Weights(self.level.variables.parameters, live=True)
+        self.renew()
 
 
 def check_generators(states: Mapping[str, LevelState]) -> None:

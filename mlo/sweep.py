@@ -276,7 +276,7 @@ class Step:
         Relies on the symmetry of second derivatives. Error: O(radius^2) of the third derivative, plus rounding /
         radius.
         """
-        size = norm(direction)
+        size = norm(direction, self.call.levels[self.level].variables.group)
         length = radius / torch.where(size > 0, size, radius)
 
         def side(sign: float) -> Tensors:
@@ -359,7 +359,7 @@ class Step:
 
     def _inputs(self, values: Mapping[str, Tensors], targets: Sequence[str]) -> dict[str, Tensors]:
         """Return what the targets are read at."""
-        return {q: values.get(q) or self.call.levels[q].variables.parameters for q in targets}
+        return {q: values.get(q) or self.call.levels[q].variables.tensors for q in targets}
 
     def _total(
         self,

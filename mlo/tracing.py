@@ -30,6 +30,7 @@ def trace(
         for level in levels.values():
             stack.enter_context(level.buffers.watched())
             stack.enter_context(level.buffers.held())
+            stack.enter_context(level.variables.bound(None))
         for name, state in states.items():
             accessed: set[str] = set()
             with state.stream.rewound():

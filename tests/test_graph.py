@@ -205,18 +205,3 @@ def test_an_estimator_of_steps_refuses_an_optimizer_that_it_does_not_know(estima
     ]
     with pytest.raises(mlo.GraphError, match=r"'lower'.*found RMSprop. Change the optimizer"):
         mlo.Graph(problems, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")])
-
-
-def test_sharded_parameters_are_refused(tmp_path):
-    """Their hypergradients would be zero, silently."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        net = nn.Linear(2, 1)
-        net.weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(net.weight.detach(), mesh))
-        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        with pytest.raises(mlo.GraphError, match="'net': expected parameters that are whole; found weight, a DTensor"):
-            mlo.Graph([mlo.Problem("net", net, lambda levels, batch: levels.net(batch).sum(), sgd, None)])
-    finally:
-        torch.distributed.destroy_process_group()

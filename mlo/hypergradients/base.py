@@ -44,6 +44,11 @@ class Hypergradient(abc.ABC):
         return True
 
     @property
+    def needs_second_derivatives(self) -> bool:
+        """Whether second-order products of the level's loss are taken by double backward, outside nests too."""
+        return True
+
+    @property
     def recomputes(self) -> bool:
         """Whether `response.backwards()` is used, for which every sqrt(K)-th of K steps is recorded in full.
 

@@ -52,6 +52,11 @@ class FiniteDifference(Hypergradient):
         """The steps gone back."""
         return self.last
 
+    @property
+    def needs_second_derivatives(self) -> bool:
+        """First derivatives are enough."""
+        return False
+
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
         """Approximate, with an error of order radius^2 where all steps are gone back."""
         if self.last is not None and self.last < steps:

@@ -30,6 +30,11 @@ class FirstOrder(Hypergradient):
         """Any optimizer will do."""
         return False
 
+    @property
+    def needs_second_derivatives(self) -> bool:
+        """First derivatives are enough."""
+        return False
+
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
         """Approximate by design."""
         return Claim(f"{self!r} ignores the level's response: off by all of the indirect part through it")

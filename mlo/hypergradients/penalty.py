@@ -76,6 +76,11 @@ class Penalty(Hypergradient):
         """The response is a function of its targets alone."""
         return True
 
+    @property
+    def needs_second_derivatives(self) -> bool:
+        """First derivatives are enough."""
+        return False
+
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
         """Approximate, with an error of order 1 / strength^2 where both solves converge."""
         return Claim(
@@ -130,9 +135,10 @@ class Penalty(Hypergradient):
                 for a, b, t in zip(up, down, tilt, strict=True)
                 if a is not None and b is not None and t is not None
             ]
-            if not sides or not bool(length := norm([t for _, t in sides])):
+            group = step.call.levels[step.level].variables.group
+            if not sides or not bool(length := norm([t for _, t in sides], group)):
                 return
-            residual = float(norm([left for left, _ in sides]) / length)
+            residual = float(norm([left for left, _ in sides], group) / length)
         response.report("penalty_residual", residual)
         if not residual < 0.5:  # without figures in its text, so that it is shown once
             warnings.warn(

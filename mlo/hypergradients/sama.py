@@ -49,6 +49,11 @@ class SAMA(Hypergradient):
         """The last one."""
         return 1
 
+    @property
+    def needs_second_derivatives(self) -> bool:
+        """First derivatives are enough."""
+        return False
+
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
         """Approximate by design."""
         return Claim(f"{self!r} takes the curvature for the identity: right in one step, off by what more of them do")

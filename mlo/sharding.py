@@ -1,0 +1,217 @@
+"""Levels whose parameters are sharded over processes, by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+A level's variables are then the shards that this process holds, plain tensors. FSDP gathers the whole parameters from
+them when the module is called and scatters gradients when `backward` reaches them, so that such a level is evaluated in
+place: other values are copied into the shards and the present ones back afterwards, and gradients are read from
+`.grad`. That gives first derivatives only.
+
+Each process has batches of its own, and a loss is the mean over them: FSDP averages the gradients of shards, and
+`average` those of all other variables.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlo.errors import CheckpointError, GraphError
+from mlo.levels import Tensors, Variables
+
+Group = Any
+"""A `torch.distributed.ProcessGroup`."""
+
+
+class ShardedVariables(Variables):
+    """The shards that this process holds of a module's trainable parameters."""
+
+    sharded = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts = _fsdp_modules(module)
+        self._gather_anew()
+        super().__init__(module)
+        self.group = _mesh(self.parameters[0]).get_group()
+
+    @property
+    def tensors(self) -> Tensors:
+        """The shards, in the memory of the parameters."""
+        return tuple(local(p.detach()) for p in self.parameters)
+
+    @contextmanager
+    def bound(self, tensors: Tensors | None) -> Iterator[None]:
+        """Let the shards have the values of `tensors` within the block; let FSDP gather parameters anew in it."""
+        shards = self.tensors
+        moved = tensors is not None and any(t.data_ptr() != s.data_ptr() for t, s in zip(tensors, shards, strict=True))
+        kept = tuple(s.clone() for s in shards) if moved else ()
+        try:
+            if tensors is not None and moved:
+                _write(shards, tensors)
+            self._gather_anew()
+            yield
+        finally:
+            if moved:
+                _write(shards, kept)
+            self._gather_anew()
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Tensor | None]]:
+        """Fill the list that the block gets with the gradients of what `backward` is called on in it."""
+        kept = [p.grad for p in self.parameters]
+        found: list[Tensor | None] = []
+        try:
+            for p in self.parameters:
+                p.grad = None
+            yield found
+            found += [None if p.grad is None else local(p.grad) for p in self.parameters]
+        finally:
+            for p, grad in zip(self.parameters, kept, strict=True):
+                p.grad = grad
+
+    def like_parameter(self, index: int, tensor: Tensor) -> Tensor:
+        """Make a shard part of a `DTensor` laid out as the parameter is."""
+        from torch.distributed.tensor import DTensor  # noqa: PLC0415, it takes long and is rarely needed
+
+        p: Any = self.parameters[index]
+        return DTensor.from_local(
+            tensor, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+
+    def _gather_anew(self) -> None:
+        for part in self._parts:
+            part.reshard()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP2 shards parameters of the module."""
+    return bool(_fsdp_modules(module))
+
+
+def find_variables(module: nn.Module) -> Variables:
+    """Return the trainable parameters of a module, sharded or not."""
+    return ShardedVariables(module) if is_sharded(module) else Variables(module)
+
+
+def find_group(modules: Sequence[nn.Module]) -> Group:
+    """Return the processes that the modules are sharded over, None if none of them is.
+
+    Raises:
+        GraphError: they are not the same for all sharded modules.
+    """
+    groups = [ShardedVariables(module).group for module in modules if is_sharded(module)]
+    ranks = [torch.distributed.get_process_group_ranks(group) for group in groups]
+    if any(r != ranks[0] for r in ranks):
+        raise GraphError(f"expected all levels sharded over the same processes; found ranks {ranks}")
+    return groups[0] if groups else None
+
+
+def check_shards(name: str, module: nn.Module) -> None:
+    """Refuse parameters that are distributed over processes in a way that is not handled here.
+
+    Raises:
+        GraphError: naming the level and the parameter.
+    """
+    parts = _fsdp_modules(module)
+    for part in parts:
+        part.reshard()
+    for key, p in module.named_parameters():
+        distributed = type(p).__module__.startswith("torch.distributed")
+        fully = distributed and hasattr(p, "device_mesh") and p.device_mesh.ndim == 1
+        if (distributed or (parts and p.requires_grad)) and not (parts and fully):
+            raise GraphError(
+                f"level {name!r}: expected parameters that are whole, or all of them sharded by fully_shard over a "
+                f"mesh of one dimension; found {key}, a {type(p).__name__}. Other values of it could not be put in its "
+                f"place, and the hypergradients would be wrong."
+            )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that is here: a shard of a `DTensor`, anything else itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tree: Any) -> Any:
+    """Replace all `DTensor`s in nested dictionaries and lists by whole tensors; all processes call it together."""
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value) for value in tree]
+    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+
+
+def distributed_like(tensor: Any, like: Any) -> Any:
+    """Distribute a whole tensor as another one is, if that is a `DTensor`; all processes call it together."""
+    if not hasattr(like, "device_mesh") or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
+
+    return distribute_tensor(tensor.to(_mesh(like).device_type), _mesh(like), like.placements)
+
+
+def average(tensors: Sequence[Tensor | None], likes: Sequence[Tensor], group: Group) -> tuple[Tensor | None, ...]:
+    """Return the means over all processes of the group, which call it together.
+
+    Args:
+        tensors: None where a process has none; it counts as zero, and stays None where no process has one.
+        likes: of the same shapes and types as the tensors.
+        group: the processes.
+    """
+    if not tensors:
+        return ()
+    given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
+    parts = [torch.zeros_like(like) if t is None else t for t, like in zip(tensors, likes, strict=True)]
+    flat = torch.cat([given, *(t.detach().reshape(-1) for t in parts)])  # in the widest of their types
+    torch.distributed.all_reduce(flat, group=group)
+    counts, *means = torch.split(flat, [len(parts), *(t.numel() for t in parts)])
+    num = torch.distributed.get_world_size(group)
+    return tuple(
+        (mean / num).view_as(like).to(like.dtype) if count else None
+        for count, mean, like in zip(counts.tolist(), means, likes, strict=True)
+    )
+
+
+def reduced(tensor: Tensor, operation: str, group: Group) -> Tensor:
+    """Return the "SUM" or "MAX" over all processes of the group; the tensor itself without one."""
+    if group is not None:
+        tensor = tensor.detach().clone()
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=group)
+    return tensor
+
+
+def by_first(action: Callable[[], None], group: Group) -> None:
+    """Let one process act for all of the group, which call it together; its error becomes that of all.
+
+    Raises:
+        CheckpointError: the action raised it.
+    """
+    if group is None:
+        action()
+        return
+    outcome: list[str | None] = [None]
+    if torch.distributed.get_rank(group) == 0:
+        try:
+            action()
+        except CheckpointError as error:
+            outcome[0] = str(error)
+    torch.distributed.broadcast_object_list(outcome, torch.distributed.get_process_group_ranks(group)[0], group)
+    if outcome[0] is not None:
+        raise CheckpointError(outcome[0])
+
+
+def _fsdp_modules(module: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it has not been imported, nothing is sharded
+    return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+
+
+def _mesh(tensor: Any) -> Any:
+    return tensor.device_mesh
+
+
+@torch.no_grad()
+def _write(shards: Tensors, tensors: Tensors) -> None:
+    for shard, t in zip(shards, tensors, strict=True):
+        shard.copy_(t)
