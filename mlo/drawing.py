@@ -70,6 +70,8 @@ def describe_graph(graph: Graph) -> str:
             rows["starts at"] = level.start
         if level.hyperparameters:
             rows["set by others"] = ", ".join(level.hyperparameters)
+        if level.warmup_rounds:
+            rows["warm-up"] = f"{level.warmup_rounds} rounds"
         if level.micro_batches > 1:
             rows["micro-batches"] = str(level.micro_batches)
         blocks.append("\n".join([level.name, *(f"  {key:<15}{value}" for key, value in rows.items())]))

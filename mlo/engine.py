@@ -1,7 +1,7 @@
 """The engine: the loop over the levels. This docstring is the algorithm.
 
     round:      for each level q inside no other, lowest first:
-                    `steps` times: take_step(q)
+                    `steps` times: take_step(q)          (in its first `warmup_rounds` rounds: solve(q) alone)
 
     take_step(q):   solve(q)
                     draw a batch; gradient = sweep(q)        (mlo.sweep: the total derivative of q's loss)
@@ -315,12 +315,20 @@ class Engine:
         with self._at_work():
             for name in self.graph.structure.tops:
                 self._begin(name)
-                for _ in range(self.graph[name].steps):
-                    self._take_step(name)
+                self._take_steps(name)
         self.rounds_done += 1
         metrics = {name: mean(name, values) for name, values in self._tallies.items()}
         self._check_finite(metrics)
         return metrics | {"round_seconds": time.perf_counter() - started}
+
+    def _take_steps(self, name: str) -> None:
+        """Take all steps of a level in one round, or in its warm-up solve the levels inside it as often."""
+        for _ in range(self.graph[name].steps):
+            if self.rounds_done < self.graph[name].warmup_rounds:
+                self._solve(name, repeatable=False, recorded=False)
+                self._drop_records()
+            else:
+                self._take_step(name)
 
     def _take_step(
         self, name: str, *, recorded: bool = False, repeatable: bool = False, reuses: bool = False
@@ -362,7 +370,7 @@ class Engine:
         self._states[name].restart(began.tensors)
         return began
 
-    def _solve(self, name: str, *, repeatable: bool) -> Solve | None:
+    def _solve(self, name: str, *, repeatable: bool, recorded: bool = True) -> Solve | None:
         structure = self.graph.structure
         if not structure.inside[name]:
             return None
@@ -373,18 +381,19 @@ class Engine:
             estimator, num = self.graph[q].hypergradient, self.graph[q].steps
             wanted = estimator.recorded_steps
             depth = num if repeatable or wanted is None else min(wanted, num)
+            depth = depth if recorded else 0
             segment = math.ceil(math.sqrt(depth)) if estimator.recomputes and depth else 1
             skips = self._states[q].scale.active and 0 < depth < num  # then the last steps may not be the last taken
             steps: list[Step] = []
             start = self._begin(q)
             for index in range(num):
-                recorded = skips or index >= num - depth
-                reuses = wanted != 0 and index == num - 1 and not structure.inside[q]
-                step = self._take_step(q, recorded=recorded, repeatable=recorded, reuses=reuses)
+                keeps = skips or index >= num - depth
+                reuses = wanted != 0 and index == num - 1 and not structure.inside[q] and recorded
+                step = self._take_step(q, recorded=keeps, repeatable=keeps, reuses=reuses)
                 if step is not None:
                     steps.append(step.thinned() if len(steps) % segment and not skips else step)
             del steps[: max(0, len(steps) - depth)]
-            final = self._solve(q, repeatable=repeatable)
+            final = self._solve(q, repeatable=repeatable, recorded=recorded)
             solve.members.append(Member(q, steps, final, start, depth == num))
         solve.end = self._world()
         return solve
@@ -448,8 +457,7 @@ class Engine:
             if name in self.graph.structure.inside[q]:
                 self._approach(name, self.graph.structure.members[q])
                 return
-            for _ in range(self.graph[q].steps):
-                self._take_step(q)
+            self._take_steps(q)
             self._solve(q, repeatable=False)
 
     def _check_level(self, name: str, settings: Settings) -> LevelCheck:

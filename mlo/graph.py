@@ -60,6 +60,7 @@ class Graph:
         self._check_influence()
         self._check_parameters()
         self._check_starts()
+        self._check_warmups()
         self._check_estimators()
         self._check_sharded()
 
@@ -210,6 +211,15 @@ class Graph:
                         f"{problem.start!r}; found {name} {found[0]} here and {found[1]} there. Build both from one "
                         f"module class."
                     )
+
+    def _check_warmups(self) -> None:
+        for problem in self.levels:
+            if problem.warmup_rounds and problem.name not in self.structure.tops:
+                uppers = [p.name for p in self.levels if problem.name in self.structure.inside[p.name]]
+                raise GraphError(
+                    f"level {problem.name!r}, warmup_rounds: expected a level that is solved inside no other; found "
+                    f"one inside {', '.join(uppers)}. Warm up {uppers[-1]!r} instead, or leave it out."
+                )
 
     def _check_estimators(self) -> None:
         for problem in self.levels:

@@ -44,6 +44,8 @@ class Problem:
         start: name of a level whose variables are where this level begins: before the first of its `steps` its
             variables are set to them, and its optimizer is as new (MAML's initialization). The two modules have the
             same parameters, and an edge from that level to this one declares the dependency.
+        warmup_rounds: rounds at the beginning of a run in which the level, one that is solved inside no other, takes no
+            steps, and only the levels inside it are trained.
         hyperparameters: options of the optimizer that other levels determine: option name -> function of `levels`
             (those that this level reads) that returns it as a tensor of one number ("betas": of shape (2,)), for all
             parameter groups. Evaluated before every step, and differentiated.
@@ -73,6 +75,7 @@ class Problem:
     clip_norm: float | None = None
     micro_batches: int = 1
     start: str | None = None
+    warmup_rounds: int = 0
     hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,6 +99,9 @@ class Problem:
         self._expect("steps", "a whole number of at least 1", type(self.steps) is int and self.steps >= 1)
         self._expect(
             "micro_batches", "a whole number of at least 1", type(self.micro_batches) is int and self.micro_batches >= 1
+        )
+        self._expect(
+            "warmup_rounds", "a whole number of at least 0", type(self.warmup_rounds) is int and self.warmup_rounds >= 0
         )
         self._expect("start", "the name of a level, or None", _is(self.start, str, type(None)))
         self._check_hyperparameters()

@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -149,13 +149,16 @@ class Run:
         """Return the result of a finished run."""
         return dict(json.loads((self.folder / "result.json").read_text(encoding="utf-8")))
 
-    def train(self, phase: str, graph: Graph, rounds: int, **options: Any) -> Engine:
+    def train(
+        self, phase: str, graph: Graph, rounds: int, *, until: Callable[[], bool] | None = None, **options: Any
+    ) -> Engine:
         """Train a graph to `rounds` rounds, or load the engine that has been.
 
         Args:
             phase: name of the phase, different from that of any other.
             graph: freshly built, the same at every execution.
             rounds: of the whole phase.
+            until: asked before every round whether to end the phase here; must follow from the state of the graph.
             options: of the engine, such as `rollback`.
 
         Raises:
@@ -169,12 +172,14 @@ class Run:
         self._check_signal()
         checkpoints = Checkpoints(self.folder / "checkpoints", phase)
         checkpoints.restore(engine)
-        if engine.rounds_done >= rounds:
+        if engine.rounds_done >= rounds or (until is not None and until()):
             return engine
         metrics = self.folder / "metrics.jsonl"
         self._cut(metrics, phase, engine.rounds_done)
 
         def keep(report: RoundReport) -> None:
+            if until is not None and until():
+                engine.stop()
             if report.round % self.recipe.checkpoint_every == 0:
                 checkpoints.save(engine)
 

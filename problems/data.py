@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchvision.transforms import v2
 
 from mlo import MloError
+from mlo.recipes import RecipePart
 
 Batch = tuple[Tensor, Tensor]
 
@@ -164,3 +165,18 @@ class Together:
 def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
     while True:
         yield from batches
+
+
+class DigitsRecipe(RecipePart):
+    """scikit-learn's handwritten digits.
+
+    Attributes:
+        fractions: of teacher training, student training, validation, unlabelled and test images.
+    """
+
+    kind: Literal["digits"] = "digits"
+    fractions: tuple[float, float, float, float, float] = (0.24, 0.2, 0.2, 0.16, 0.2)
+
+    def build(self, seed: int) -> Splits:
+        """Load and split."""
+        return digits(seed, self.fractions)

@@ -37,57 +37,69 @@ Labelled: TypeAlias = tuple[Tensor, Tensor]
 class LearningByTeaching:
     """The losses and edges of LBT.
 
-    The module of the level `architecture` is called without arguments and returns what the teacher's module takes as
-    its second argument; the student's module takes images only.
+    The module of the level `architecture` is called with the progress of the run and returns what the teacher's module
+    takes as its second argument; its `penalty()` is added to the upper loss. The student's module takes images only.
+
+    The paper's ablations are two weights set to 0: `teacher_weight` (the architecture answers for the student alone)
+    and `labelled_weight` (the student learns from pseudo-labels alone).
 
     Args:
         lambda_: weight of the pseudo-labelled images in the student's loss, at least 0.
         gamma: weight of the student's validation loss in the architecture's, at least 0.
         complete_gradient: differentiate the pseudo-labels' direct dependence on A too, which the paper does not.
+        teacher_weight: of the teacher's validation loss in the architecture's, at least 0.
+        labelled_weight: of the labelled images in the student's loss, at least 0.
     """
 
     lambda_: float = 1.0
     gamma: float = 1.0
     complete_gradient: bool = False
+    teacher_weight: float = 1.0
+    labelled_weight: float = 1.0
 
     @property
     def edges(self) -> tuple[mlo.Edge, ...]:
         """Who reads whom."""
+        answers = (mlo.Edge("teacher", "architecture"),) if self.teacher_weight else ()
         return (
             mlo.Edge("architecture", "teacher"),  # the teacher's network is the supernet relaxed by A
             mlo.Edge("teacher", "student"),  # T labels the student's images
             mlo.Edge("architecture", "student", detached=not self.complete_gradient),  # through that labelling
-            mlo.Edge("teacher", "architecture"),  # A answers for the validation losses of both
+            *answers,  # A answers for the validation losses of both
             mlo.Edge("student", "architecture"),
         )
 
     def teacher_loss(self, levels: mlo.Levels, batch: Labelled) -> mlo.Output:
         """Eq. (1): the teacher on its training images."""
         images, labels = batch
-        logits = levels.teacher(images, levels.architecture())
+        logits = levels.teacher(images, levels.architecture(levels.progress))
         return mlo.Output(functional.cross_entropy(logits, labels), {"accuracy": accuracy(logits, labels)})
 
     def student_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
         """Eq. (2): the student on its training images, and on the teacher's soft labels of the unlabelled ones."""
         (images, labels), (unlabelled, _) = batch
-        pseudo_labels = levels.teacher(unlabelled, levels.architecture()).softmax(dim=-1)
-        logits = levels.student(images)
+        pseudo_labels = levels.teacher(unlabelled, levels.architecture(levels.progress)).softmax(dim=-1)
+        if self.labelled_weight:
+            logits = levels.student(images)
+            learnt = self.labelled_weight * functional.cross_entropy(logits, labels)
+            metrics = {"accuracy": accuracy(logits, labels)}
+        else:
+            learnt, metrics = images.new_zeros(()), {}
         taught = functional.cross_entropy(levels.student(unlabelled), pseudo_labels)
-        loss = functional.cross_entropy(logits, labels) + self.lambda_ * taught
-        return mlo.Output(loss, {"accuracy": accuracy(logits, labels), "pseudo_label_loss": taught})
+        return mlo.Output(learnt + self.lambda_ * taught, {**metrics, "pseudo_label_loss": taught})
 
     def architecture_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
         """Eq. (3): teacher and student on validation images."""
         (teacher_images, teacher_labels), (student_images, student_labels) = batch
-        teacher_logits = levels.teacher(teacher_images, levels.architecture())
+        metrics: dict[str, Tensor] = {}
+        loss = levels.architecture.penalty()
+        if self.teacher_weight:
+            teacher_logits = levels.teacher(teacher_images, levels.architecture(levels.progress))
+            loss = loss + self.teacher_weight * functional.cross_entropy(teacher_logits, teacher_labels)
+            metrics["teacher_accuracy"] = accuracy(teacher_logits, teacher_labels)
         student_logits = levels.student(student_images)
-        teacher_loss = functional.cross_entropy(teacher_logits, teacher_labels)
-        student_loss = functional.cross_entropy(student_logits, student_labels)
-        metrics = {
-            "teacher_accuracy": accuracy(teacher_logits, teacher_labels),
-            "student_accuracy": accuracy(student_logits, student_labels),
-        }
-        return mlo.Output(teacher_loss + self.gamma * student_loss, metrics)
+        metrics["student_accuracy"] = accuracy(student_logits, student_labels)
+        return mlo.Output(loss + self.gamma * functional.cross_entropy(student_logits, student_labels), metrics)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -471,3 +471,35 @@ def test_a_learning_rate_that_is_a_tensor_is_put_back_too():
     assert sgd.param_groups[0]["lr"] is rate
     assert rate == torch.tensor(0.1)
     assert engine.check(progress=False).levels[0].verdict == "exact"
+
+
+def test_in_its_warm_up_a_level_waits_for_those_inside_it():
+    """They are trained as if it stood still."""
+    warmed, frozen = three_levels(warmup=2), three_levels()
+    frozen.graph["gate"].optimizer.param_groups[0]["lr"] = 0.0
+    begin = warmed.graph["gate"].module.weight.detach().clone()
+    metrics = warmed.run(2, progress=False)
+    frozen.run(2, progress=False)
+    assert not any(name.startswith("gate.") for name in metrics)
+    for name in ("teacher", "student", "gate"):
+        one, other = (e.graph[name].module.parameters() for e in (warmed, frozen))
+        assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+    assert not warmed.graph["gate"].optimizer.state
+    assert "gate.loss" in warmed.run(1, progress=False)
+    assert not torch.equal(warmed.graph["gate"].module.weight, begin)
+
+
+def test_only_a_top_level_can_have_a_warm_up():
+    lower, upper = (nn.Linear(1, 1) for _ in range(2))
+
+    def loss(levels, batch):
+        return (levels.lower.weight - levels.upper.weight).square().sum()
+
+    problems = [
+        mlo.Problem(name, m, loss, torch.optim.SGD(m.parameters(), lr=0.1), None, warmup_rounds=int(name == "lower"))
+        for name, m in (("lower", lower), ("upper", upper))
+    ]
+    with pytest.raises(mlo.GraphError, match=r"'lower', warmup_rounds.*found one inside upper. Warm up 'upper'"):
+        mlo.Graph(problems, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")])
+    with pytest.raises(mlo.GraphError, match="warmup_rounds must be a whole number of at least 0; found -1"):
+        mlo.Problem("lower", lower, loss, torch.optim.SGD(lower.parameters(), lr=0.1), None, warmup_rounds=-1)

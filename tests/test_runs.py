@@ -150,3 +150,31 @@ def test_a_signal_while_a_phase_is_being_prepared_is_not_lost(tmp_path):
         with pytest.raises(Interrupted):
             run.execute(experiment)
     assert not list(folder.glob("metrics.jsonl")) or lines_of(folder) == []
+
+
+class Stopping(ToyExperiment):
+    """Ends its search when the gate's weight has moved far enough."""
+
+    def run(self, run):
+        graph = self.graph()
+        gate = graph["gate"].module
+        begin = gate.weight.item()
+        engine = run.train("search", graph, 50, until=lambda: abs(gate.weight.item() - begin) > 0.35)
+        return {"weights": [gate.weight.item()], "rounds": engine.rounds_done}
+
+    def report(self, run):
+        (run.folder / "report.txt").write_text("")
+
+
+def test_a_phase_can_end_early_and_ends_there_when_resumed(tmp_path):
+    whole = Run.begin(tmp_path / "whole", recipe_of(None), "toy", progress=False)
+    result = whole.execute(Stopping(recipe_of(None)))
+    assert 3 <= result["rounds"] < 50
+    again = resume(tmp_path / "whole", recipe_of, progress=False)
+    assert again.execute(Stopping(again.recipe))["rounds"] == result["rounds"]  # finished phases are only loaded
+    begun = Run.begin(tmp_path / "run", recipe_of(None), "toy", progress=False)
+    with pytest.raises(Interrupted):
+        begun.execute(Stopping(recipe_of(None), ("search", 2, signal.SIGINT)))
+    later = resume(tmp_path / "run", recipe_of, progress=False)
+    later.execute(Stopping(later.recipe))
+    same_end(tmp_path / "run", tmp_path / "whole")

@@ -41,7 +41,13 @@ class Counting(nn.Module):
 
 
 def three_levels(
-    *, estimator: mlo.Hypergradient | None = None, steps: int = 2, seed: int = 0, data_seed: int = 0, **options
+    *,
+    estimator: mlo.Hypergradient | None = None,
+    steps: int = 2,
+    seed: int = 0,
+    data_seed: int = 0,
+    warmup: int = 0,
+    **options,
 ) -> mlo.Engine:
     """Teacher, student and weights on images, with BatchNorm, dropout, shuffling loaders, schedulers and clipping."""
     torch.manual_seed(0)
@@ -75,7 +81,8 @@ def three_levels(
                     scheduler=torch.optim.lr_scheduler.StepLR(sgd, 3, 0.5)),
             problem("student", student, student_loss, adam,
                     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(adam, 20)),
-            problem("gate", gate, gate_loss, torch.optim.Adam(gate.parameters(), lr=0.05)),
+            problem("gate", gate, gate_loss, torch.optim.Adam(gate.parameters(), lr=0.05),
+                    warmup_rounds=warmup),
         ],
         [mlo.Edge("gate", "teacher"), mlo.Edge("teacher", "student"), mlo.Edge("teacher", "gate"), mlo.Edge("student",
         "gate")],

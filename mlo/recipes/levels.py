@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
@@ -120,6 +120,7 @@ class LevelRecipe(RecipePart):
         hypergradient: how the level's best response is differentiated; a top level's is ignored.
         steps: the optimizer steps that the level takes per step of the levels above it.
         clip_norm: the norm that its gradients are clipped to, or None.
+        warmup_rounds: rounds in which a top level waits, while those inside it are trained.
         micro_batches: batches that a step's loss is the mean of, run one after the other (gradient accumulation).
     """
 
@@ -128,6 +129,7 @@ class LevelRecipe(RecipePart):
     hypergradient: HypergradientRecipe = Field(default={"kind": "finite_difference"}, validate_default=True)
     steps: PositiveInt = 1
     clip_norm: PositiveFloat | None = None
+    warmup_rounds: NonNegativeInt = 0
     micro_batches: PositiveInt = 1
 
     def declare(
@@ -154,4 +156,5 @@ class LevelRecipe(RecipePart):
             scheduler=self.scheduler.build(optimizer, total_steps),
             clip_norm=self.clip_norm,
             micro_batches=self.micro_batches,
+            warmup_rounds=self.warmup_rounds,
         )

@@ -11,13 +11,15 @@ from problems.search_spaces.darts import (
 from problems.search_spaces.evaluation import EvaluationNetwork, Logits
 from problems.search_spaces.genotypes import PUBLISHED, Genotype
 from problems.search_spaces.primitives import PRIMITIVES
-from problems.search_spaces.supernet import Architecture, Relaxation, Supernet, softmax_relaxation
+from problems.search_spaces.relaxations import RELAXATIONS, Relaxation
+from problems.search_spaces.supernet import Architecture, Supernet
 
 __all__ = [
     "DARTS",
     "DARTS_PRIMITIVES",
     "PRIMITIVES",
     "PUBLISHED",
+    "RELAXATIONS",
     "Architecture",
     "CellWeights",
     "EvaluationNetwork",
@@ -28,5 +30,4 @@ __all__ = [
     "Supernet",
     "discretize",
     "random_genotype",
-    "softmax_relaxation",
 ]

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from problems.search_spaces.genotypes import NUM_INPUTS, Edge
 from problems.search_spaces.primitives import PRIMITIVES, FactorizedReduce, relu_conv_norm
@@ -99,6 +101,21 @@ class Preprocess(nn.Module):
         return [self.before_last(before_last), self.last(last)]
 
 
+class EdgeState(NamedTuple):
+    """What a search tells an edge beside the weights of its primitives."""
+
+    chosen: int | None = None
+    """The only primitive to be computed; None for all."""
+    auxiliary_skip: float = 0.0
+    """Weight of the skip-connection beside the primitives (DARTS-, Chu et al. 2021)."""
+    skip_dropout: float = 0.0
+    """Probability of dropping an element of an identity (P-DARTS, Chen et al. 2019, section 3.3)."""
+
+
+PLAIN = EdgeState()
+"""The state of an edge of which nothing is told."""
+
+
 class MixedOperation(nn.Module):
     """The relaxed edge: the weighted sum of its primitives (DARTS eq. (2)), without learnable BatchNorm parameters.
 
@@ -106,24 +123,39 @@ class MixedOperation(nn.Module):
         primitives: The competing primitives. `none` takes its share of the weight but adds nothing: it is not computed.
         channels: Channels of the input and of the output.
         stride: 1 or 2.
+        auxiliary_skip: Whether there is a skip-connection beside the primitives.
     """
 
-    def __init__(self, primitives: Sequence[str], channels: int, stride: int) -> None:
+    def __init__(self, primitives: Sequence[str], channels: int, stride: int, *, auxiliary_skip: bool = False) -> None:
         super().__init__()
         self.primitives = tuple(primitives)
+        self.stride = stride
         self.operations = nn.ModuleDict(
             {name: _search_operation(name, channels, stride) for name in self.primitives if name != "none"}
         )
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        self.auxiliary = _search_operation("skip_connect", channels, stride) if auxiliary_skip else None
+
+    def forward(self, x: Tensor, weights: Tensor, state: EdgeState = PLAIN) -> Tensor:
         """Map (batch, channels, height, width) and weights of (primitives,) to the weighted sum of the branches."""
         branches = [
-            weight * self.operations[name](x)
-            for name, weight in zip(self.primitives, weights.unbind(), strict=True)
-            if name != "none"
+            weight * self._branch(name, x, state)
+            for index, (name, weight) in enumerate(zip(self.primitives, weights.unbind(), strict=True))
+            if (name != "none" if state.chosen is None else index == state.chosen)
         ]
+        if self.auxiliary is not None:
+            branches.append(state.auxiliary_skip * self.auxiliary(x))
         total: Tensor = reduce(torch.add, branches)
         return total
+
+    def _branch(self, name: str, x: Tensor, state: EdgeState) -> Tensor:
+        if name == "none":  # chosen
+            return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+        operation = self.operations[name]
+        branch: Tensor = operation(x)
+        if state.skip_dropout > 0 and isinstance(operation, nn.Identity):
+            branch = functional.dropout(branch, state.skip_dropout, self.training)
+        return branch
 
 
 def _search_operation(name: str, channels: int, stride: int) -> nn.Module:
@@ -134,41 +166,62 @@ def _search_operation(name: str, channels: int, stride: int) -> nn.Module:
     return operation
 
 
+class EdgeOperation(Protocol):
+    """Builds a relaxed edge: a module that is called with the input, the weights and an `EdgeState`."""
+
+    def __call__(self, primitives: Sequence[str], channels: int, stride: int) -> nn.Module:
+        """Build it, see `MixedOperation`."""
+
+
 class SearchCell(nn.Module):
     """The relaxed cell: every node reads every earlier one, and all nodes are concatenated.
 
     Args:
         shape: How the cell fits into its network.
         primitives: The primitives of each edge: 2 edges into the first node, 3 into the second, and so on.
+        operation: Builds an edge, `(primitives, channels, stride) -> module`.
     """
 
-    def __init__(self, shape: CellShape, primitives: CellPrimitives) -> None:
+    def __init__(self, shape: CellShape, primitives: CellPrimitives, operation: EdgeOperation = MixedOperation) -> None:
         super().__init__()
         self.incoming = incoming_edges(len(primitives))
         self.preprocess = Preprocess(shape, affine=False)
         self.edges = nn.ModuleList(
-            MixedOperation(primitives[edge], shape.channels, shape.stride(source))
+            operation(primitives[edge], shape.channels, shape.stride(source))
             for incoming in self.incoming
             for edge, source in incoming
         )
 
-    def forward(self, before_last: Tensor, last: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        before_last: Tensor,
+        last: Tensor,
+        weights: Tensor,
+        edge_weights: Tensor | None = None,
+        states: Sequence[EdgeState] | None = None,
+    ) -> Tensor:
         """Run the cell.
 
         Args:
             before_last: Output of the last cell but one, (batch, channels, height, width).
             last: Output of the last cell.
             weights: Relaxed weights, (edges, primitives).
+            edge_weights: Of whole edges, (edges,), or None for 1.
+            states: Of each edge, or None.
 
         Returns:
             (batch, nodes * channels, height, width), the sides halved by a reduction cell.
         """
-        states: list[Tensor] = self.preprocess(before_last, last)
+        nodes: list[Tensor] = self.preprocess(before_last, last)
         rows = weights.unbind()
+        factors = edge_weights.unbind() if edge_weights is not None else None
         for incoming in self.incoming:
-            branches = [self.edges[edge](states[source], rows[edge]) for edge, source in incoming]
-            states.append(reduce(torch.add, branches))
-        return torch.cat(states[NUM_INPUTS:], dim=1)
+            branches = []
+            for edge, source in incoming:
+                branch = self.edges[edge](nodes[source], rows[edge], states[edge] if states else PLAIN)
+                branches.append(branch if factors is None else factors[edge] * branch)
+            nodes.append(reduce(torch.add, branches))
+        return torch.cat(nodes[NUM_INPUTS:], dim=1)
 
 
 def incoming_edges(num_edges: int) -> list[list[tuple[int, int]]]:

@@ -40,6 +40,16 @@ class CellWeights(NamedTuple):
     """(edges, primitives), shared by all normal cells."""
     reduce: Tensor
     """(edges, primitives), shared by all reduction cells."""
+    normal_edges: Tensor | None = None
+    """Of whole edges of the normal cells, (edges,) (PC-DARTS' beta after its softmax); None for 1."""
+    reduce_edges: Tensor | None = None
+    """The same for the reduction cells."""
+    auxiliary_skip: float = 0.0
+    """Weight of the skip-connection beside the primitives, see `EdgeState`."""
+    skip_dropout: float = 0.0
+    """Probability of dropping an element of an identity, see `EdgeState`."""
+    sampled: bool = False
+    """Whether the weights are one-hot rows, of which one primitive is to be computed."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +139,17 @@ def check_weights(weights: CellWeights, space: SearchSpace) -> None:
     Raises:
         ValueError: A shape differs from the space's.
     """
-    for cell, got, expected in (
-        ("normal", weights.normal.shape, space.normal_shape),
-        ("reduce", weights.reduce.shape, space.reduce_shape),
+    for cell, tensor, expected, edges in (
+        ("normal", weights.normal, space.normal_shape, weights.normal_edges),
+        ("reduce", weights.reduce, space.reduce_shape, weights.reduce_edges),
     ):
-        if got != expected:
-            raise ValueError(f"weights.{cell}: expected (edges, primitives) = {expected}, got {tuple(got)}")
+        if tensor.shape != expected:
+            raise ValueError(f"weights.{cell}: expected (edges, primitives) = {expected}, got {tuple(tensor.shape)}")
+        if edges is not None and edges.shape != expected[:1]:
+            raise ValueError(f"weights.{cell}_edges: expected (edges,) = {expected[:1]}, got {tuple(edges.shape)}")
 
 
-def discretize(weights: CellWeights, space: SearchSpace = DARTS) -> Genotype:
+def discretize(weights: CellWeights, space: SearchSpace = DARTS, *, max_skips: int | None = None) -> Genotype:
     """Read the genotype off relaxed weights (DARTS section 2.4).
 
     Each node keeps the two edges whose largest weight, `none` aside, is largest; each of these keeps the primitive of
@@ -147,30 +159,52 @@ def discretize(weights: CellWeights, space: SearchSpace = DARTS) -> Genotype:
     Args:
         weights: One number for each primitive of each edge, comparable within a node: softmax(alpha) in DARTS.
         space: Whose primitives they weigh.
+        max_skips: The most skip-connections that the normal cell may have, or None. As long as it has more, the weakest
+            of them has its weight set to 0, and edges and primitives are chosen again (P-DARTS, section 3.3).
 
     Raises:
-        ValueError: The shapes are not those of `space`, or a weight is not finite.
+        ValueError: The shapes are not those of `space`, a weight is not finite, or the space has not enough other
+            primitives for `max_skips`.
     """
     check_weights(weights, space)
     concat = tuple(range(NUM_INPUTS, NUM_INPUTS + space.num_nodes))
+    rows = {cell: _rows(cell, matrix) for cell, matrix in (("normal", weights.normal), ("reduce", weights.reduce))}
+    normal = _choose(rows["normal"], space.normal)
+    while max_skips is not None and len(skips := [c for c in normal if c.primitive == "skip_connect"]) > max_skips:
+        weakest = min(skips, key=lambda choice: choice.weight)
+        if weakest.weight <= 0:
+            raise ValueError(f"expected a space with enough primitives for max_skips = {max_skips}, got {space.normal}")
+        rows["normal"][weakest.edge][space.normal[weakest.edge].index("skip_connect")] = 0.0
+        normal = _choose(rows["normal"], space.normal)
     return Genotype(
-        normal=_discretize_cell("normal", weights.normal, space.normal),
+        normal=tuple((choice.primitive, choice.source) for choice in normal),
         normal_concat=concat,
-        reduce=_discretize_cell("reduce", weights.reduce, space.reduce),
+        reduce=tuple((choice.primitive, choice.source) for choice in _choose(rows["reduce"], space.reduce)),
         reduce_concat=concat,
     )
 
 
-def _discretize_cell(cell: str, weights: Tensor, primitives: CellPrimitives) -> tuple[Edge, ...]:
+class _Choice(NamedTuple):
+    weight: float
+    primitive: str
+    edge: int
+    source: int
+
+
+def _rows(cell: str, weights: Tensor) -> list[list[float]]:
     if not weights.isfinite().all():
         raise ValueError(f"weights.{cell}: expected finite numbers, got {weights.tolist()}")
-    best = [_best_primitive(row, names) for row, names in zip(weights.tolist(), primitives, strict=True)]
-    edges: list[Edge] = []
+    rows: list[list[float]] = weights.tolist()
+    return rows
+
+
+def _choose(rows: list[list[float]], primitives: CellPrimitives) -> list[_Choice]:
+    chosen: list[_Choice] = []
     for incoming in incoming_edges(len(primitives)):
+        best = [_Choice(*_best_primitive(rows[edge], primitives[edge]), edge, source) for edge, source in incoming]
         # The sort is stable, hence ties go to the lower source.
-        strongest = sorted(incoming, key=lambda pair: best[pair[0]][0], reverse=True)[:2]
-        edges.extend((best[edge][1], source) for edge, source in strongest)
-    return tuple(edges)
+        chosen += sorted(best, key=lambda choice: choice.weight, reverse=True)[:2]
+    return chosen
 
 
 def _best_primitive(weights: list[float], names: tuple[str, ...]) -> tuple[float, str]:

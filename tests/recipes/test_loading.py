@@ -288,6 +288,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "      last: 1\n"
         "    steps: 1\n"
         "    clip_norm: null\n"
+        "    warmup_rounds: 0\n"
         "    micro_batches: 1\n"
         "  student: null\n"
         "batch_size: 64\n"

@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional
 
 from problems.search_spaces.darts import CellWeights, SearchSpace
+from problems.search_spaces.relaxations import GumbelSoftmax, Sigmoid
 from problems.search_spaces.supernet import Architecture, Supernet
 
 TINY = SearchSpace.uniform(num_nodes=1)
@@ -37,12 +38,12 @@ def test_the_architecture_starts_small_and_its_weights_are_a_softmax():
 
 
 def test_another_relaxation_plugs_in():
-    architecture = Architecture(TINY, relaxation=torch.sigmoid)
+    architecture = Architecture(TINY, relaxation=Sigmoid())
     assert torch.equal(architecture().normal, architecture.normal.sigmoid())
 
 
 def test_the_architecture_discretizes_the_softmax_of_alpha_whatever_the_relaxation():
-    architecture = Architecture(TINY, relaxation=torch.zeros_like)
+    architecture = Architecture(TINY, relaxation=GumbelSoftmax())
     with torch.no_grad():
         architecture.normal[1, 3] = 2.0
         architecture.normal[0, 7] = 1.0
@@ -100,7 +101,7 @@ def test_the_gradient_of_alpha_is_the_numerical_one(training):
     supernet, architecture = tiny()
     x, y = torch.randn(4, 1, 8, 8).double(), torch.tensor([0, 1, 2, 0])
     supernet.train(training)
-    direction = CellWeights(*(torch.randn_like(p) for p in architecture.parameters()))
+    direction = [torch.randn_like(p) for p in architecture.parameters()]
 
     def loss(step: float) -> torch.Tensor:
         alphas = [p + step * d for p, d in zip(architecture.parameters(), direction, strict=True)]

@@ -1,0 +1,188 @@
+"""The run of an architecture search: search, discretize, train the found and a random cell from scratch, test, report.
+
+`LBTExperiment` and `DARTSExperiment` supply the graph of levels; everything else is the same for both.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+
+import mlo
+from mlo.drawing import draw_graph
+from mlo.randomness import random_key
+from mlo.recipes import Recipe
+from mlo.runs import Experiment, Run, write_json
+from mlo.tracking import read_metrics
+from problems.data import DigitsRecipe, Splits
+from problems.evaluation import EvaluationRecipe, error_rate, evaluation_graph, num_parameters
+from problems.report import draw_curves, write_report
+from problems.search_recipes import DARTSRecipe, SpaceRecipe, Stage, SupernetRecipe
+from problems.search_spaces import Architecture, Genotype, SearchSpace, random_genotype
+from problems.search_spaces.drawing import draw_alphas, draw_cell
+from problems.search_spaces.stopping import SkipLimit
+
+
+class SearchRecipe(Recipe):
+    """A search; `rounds` are those of each stage.
+
+    Attributes:
+        data: the images.
+        batch_size: images of each kind in a batch.
+        space: the search space.
+        supernet: the relaxed network.
+        stop_at_skips: end the search as soon as the normal cell has so many skip-connections (DARTS+), or None.
+        evaluation: of the found cell.
+        random_cell: train and test a random cell of the space too, under the same budget.
+    """
+
+    data: DigitsRecipe = DigitsRecipe()
+    batch_size: PositiveInt
+    space: SpaceRecipe = DARTSRecipe()
+    supernet: SupernetRecipe
+    stop_at_skips: PositiveInt | None = None
+    evaluation: EvaluationRecipe
+    random_cell: bool = True
+
+
+class SearchExperiment(Experiment):
+    """What the searches have in common."""
+
+    recipe: Any
+
+    def __init__(self, recipe: SearchRecipe) -> None:
+        self.recipe = recipe
+
+    def graph(self) -> mlo.Graph:
+        """Build the levels of the first stage, freshly initialized from the recipe's seed."""
+        return self._stage_graph(0, self.recipe.space.stage(0, None), self.recipe.data.build(self.recipe.seed))
+
+    @abc.abstractmethod
+    def declare(self, stage: Stage, data: Splits) -> mlo.Graph:
+        """Declare the levels of a stage, one of them called `architecture`; torch's generator has been seeded.
+
+        Args:
+            stage: which primitives compete, and how.
+            data: the images.
+        """
+
+    def run(self, run: Run) -> Mapping[str, Any]:
+        """Search, evaluate, and write the pictures."""
+        recipe, folder = self.recipe, run.folder
+        data = recipe.data.build(recipe.seed)
+        phases: list[str] = []
+        architecture: Architecture | None = None
+        for index in range(recipe.space.num_stages):
+            graph = self._stage_graph(index, recipe.space.stage(index, architecture), data)
+            if index == 0:
+                draw_graph(graph, folder / "graph.svg")
+            architecture = _architecture(graph)
+            before = {name: p.detach().clone() for name, p in architecture.named_parameters()}
+            relaxed_before = _probabilities(architecture)
+            phases.append("search" if recipe.space.num_stages == 1 else f"search_{index + 1}")
+            engine = run.train(
+                phases[-1],
+                graph,
+                recipe.rounds,
+                until=self._until(architecture),
+                rollback=recipe.rollback,
+                diagnostics_every=recipe.diagnostics_every,
+            )
+        assert architecture is not None
+        genotype = architecture.discretize(max_skips=recipe.space.max_skips)
+        write_json(folder / "genotype.json", genotype.to_json())
+        _draw(folder, genotype, architecture, relaxed_before)
+        figures: dict[str, Any] = {
+            "search_rounds": engine.rounds_done,
+            "alpha_change": float(
+                sum((p.detach() - before[name].to(p)).square().sum() for name, p in architecture.named_parameters())
+                ** 0.5
+            ),
+            "search_seconds": sum(map(run.seconds, phases)),
+        }
+        figures |= self._evaluate_both(run, genotype, data)
+        draw_curves(folder / "curves.png", read_metrics(folder / "metrics.jsonl"))
+        return figures
+
+    def report(self, run: Run) -> None:
+        """Write the page that shows the run."""
+        write_report(run.folder)
+
+    def _stage_graph(self, index: int, stage: Stage, data: Splits) -> mlo.Graph:
+        with seeded(self.recipe.seed, "search" if index == 0 else f"search {index}"):
+            return self.declare(stage, data)
+
+    def _until(self, architecture: Architecture) -> Any:
+        if self.recipe.stop_at_skips is None:
+            return None
+        limit = SkipLimit(self.recipe.stop_at_skips)
+        return lambda: limit(architecture)
+
+    def _evaluate_both(self, run: Run, genotype: Genotype, data: Splits) -> dict[str, Any]:
+        """Train the found cell, and a random one; then, once, read the test images."""
+        networks = {"": self._evaluate(run, "evaluation", genotype, data)}
+        if self.recipe.random_cell:
+            generator = torch.Generator().manual_seed(random_key(self.recipe.seed, "random cell"))
+            drawn = random_genotype(generator, self.recipe.space.space())
+            networks["random_cell_"] = self._evaluate(run, "random_cell", drawn, data)
+        errors = {f"{prefix}test_error": error_rate(network, data.test) for prefix, network in networks.items()}
+        return {
+            **errors,
+            "num_parameters": num_parameters(networks[""]),
+            "evaluation_seconds": run.seconds("evaluation"),
+        }
+
+    def _evaluate(self, run: Run, phase: str, genotype: Genotype, data: Splits) -> Any:
+        with seeded(self.recipe.seed, "evaluation"):
+            graph, rounds = evaluation_graph(self.recipe.evaluation, genotype, data)
+        run.train(phase, graph, rounds)
+        return graph["network"].module
+
+
+@contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """Draw initial weights from the run's seed, and give torch's global generator back unchanged."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_key(seed, purpose, "initialization"))
+        yield
+
+
+def _architecture(graph: mlo.Graph) -> Architecture:
+    module = graph["architecture"].module
+    assert isinstance(module, Architecture)
+    return module
+
+
+def _draw(folder: Any, genotype: Genotype, architecture: Architecture, before: Mapping[str, Any]) -> None:
+    for cell, edges, concat in (
+        ("normal", genotype.normal, genotype.normal_concat),
+        ("reduce", genotype.reduce, genotype.reduce_concat),
+    ):
+        for suffix in ("svg", "png"):
+            draw_cell(edges, concat, folder / f"cell_{cell}.{suffix}", f"{cell} cell")
+    draw_alphas(folder / "alphas.png", _probabilities(architecture), _primitives(architecture.space), initial=before)
+
+
+def _primitives(space: SearchSpace) -> tuple[str, ...]:
+    """All primitives of a space, whose edges may have different ones, in the order of their first appearance."""
+    return tuple(dict.fromkeys(name for names in (*space.normal, *space.reduce) for name in names))
+
+
+@torch.no_grad()
+def _probabilities(architecture: Architecture) -> dict[str, Any]:
+    """The scores of each cell as arrays of shape (edges, all primitives of the space), 0 where an edge lacks one."""
+    space, scores = architecture.space, architecture.scores()
+    names = _primitives(space)
+
+    def spread(matrix: torch.Tensor, primitives: Sequence[Sequence[str]]) -> Any:
+        full = matrix.new_zeros(len(primitives), len(names))
+        for row, (edge, weights) in enumerate(zip(primitives, matrix, strict=True)):
+            full[row, [names.index(name) for name in edge]] = weights
+        return full.cpu().numpy()
+
+    return {"normal": spread(scores.normal, space.normal), "reduce": spread(scores.reduce, space.reduce)}
