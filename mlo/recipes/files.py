@@ -2,6 +2,7 @@
 
 Recipes are bundled with the package: an installed copy has them beside its modules in `mlo/_recipes`, a source tree has
 them in `recipes/` beside the package. A bundled recipe is called by its path in there without the suffix, `lbt/digits`.
+A file or folder whose name begins with an underscore is a part, to be extended by others, and no recipe by itself.
 Called by `mlo.recipes.loading` and by the command line.
 """
 
@@ -62,9 +63,9 @@ def list_recipes(*, folders: Sequence[Path] = BUNDLED_FOLDERS) -> list[tuple[str
 def read_recipe(path: Path, *, folders: Sequence[Path] = BUNDLED_FOLDERS) -> dict[str, Any]:
     """Read a recipe's file and merge it onto the recipe that it `extends`, if any, and so on.
 
-    `extends` is the name of a bundled recipe or a path, relative to the file that says it. Mappings are merged key by
-    key and the extending recipe wins; lists are replaced, and so is a mapping whose `kind` changes, since the fields of
-    one kind mean nothing to another.
+    `extends` is the name of a bundled recipe or a path, relative to the file that says it, or a list of such, of which
+    later ones win. Mappings are merged key by key and the extending recipe wins; lists are replaced, and so is a
+    mapping whose `kind` changes, since the fields of one kind mean nothing to another.
 
     Raises:
         RecipeError: a file cannot be read, is not a mapping, extends what is not there, or extends itself.
@@ -79,15 +80,18 @@ def _read_extended(path: Path, folders: Sequence[Path], extending: tuple[Path, .
     recipe = _read_mapping(path)
     if "extends" not in recipe:
         return recipe
-    base = recipe.pop("extends")
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends: expected the name or the path of one recipe, found {base!r}")
-    try:
-        is_path = Path(base).suffix in _SUFFIXES
-        base_path = find_recipe(path.parent / base if is_path else base, folders=folders)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: extends: {error}") from error
-    return _merge(_read_extended(base_path, folders, chain), recipe)
+    bases = recipe.pop("extends")
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: extends: expected names or paths of recipes, found {base!r}")
+        try:
+            is_path = Path(base).suffix in _SUFFIXES
+            base_path = find_recipe(path.parent / base if is_path else base, folders=folders)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: extends: {error}") from error
+        merged = _merge(merged, _read_extended(base_path, folders, chain))
+    return _merge(merged, recipe)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,5 +123,7 @@ def _bundled_recipes(folders: Sequence[Path]) -> dict[str, Path]:
     recipes: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
-            recipes.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+            name = path.relative_to(folder).with_suffix("")
+            if not any(part.startswith("_") for part in name.parts):
+                recipes.setdefault(name.as_posix(), path)
     return recipes
