@@ -15,28 +15,13 @@ from mlo.randomness import random_key
 from mlo.recipes import LevelRecipe, Recipe, RecipePart
 from mlo.runs import Experiment, Run, write_json
 from mlo.tracking import read_metrics
-from problems.data import Splits, Together, digits, loader
+from problems.data import DataRecipe, DigitsRecipe, Splits, Together, loader
 from problems.evaluation import EvaluationRecipe, error_rate, evaluation_graph, num_parameters
 from problems.lbt import LearningByTeaching
 from problems.report import draw_curves, write_report
 from problems.search_spaces import DARTS, Architecture, Genotype, Supernet, random_genotype
 from problems.search_spaces.drawing import draw_alphas, draw_cell
 from problems.students import StudentResNet
-
-
-class DigitsRecipe(RecipePart):
-    """scikit-learn's handwritten digits.
-
-    Attributes:
-        fractions: of teacher training, student training, validation, unlabelled and test images.
-    """
-
-    kind: Literal["digits"] = "digits"
-    fractions: tuple[float, float, float, float, float] = (0.24, 0.2, 0.2, 0.16, 0.2)
-
-    def build(self, seed: int) -> Splits:
-        """Load and split."""
-        return digits(seed, self.fractions)
 
 
 class SupernetRecipe(RecipePart):
@@ -88,7 +73,7 @@ class LBTRecipe(Recipe):
         evaluation: of the found cell.
     """
 
-    data: DigitsRecipe = DigitsRecipe()
+    data: DataRecipe = DigitsRecipe()
     batch_size: PositiveInt
     lambda_: Annotated[NonNegativeFloat, Field(alias="lambda")] = 1.0
     gamma: NonNegativeFloat = 1.0
@@ -122,10 +107,10 @@ class LBTExperiment(Experiment):
             architecture = Architecture(DARTS)
         lbt = LearningByTeaching(recipe.lambda_, recipe.gamma, recipe.complete_gradient)
         size, levels = recipe.batch_size, recipe.levels
-        teacher_train = loader(data.teacher_train.augmented(data.augmentation), size)
-        student_train = loader(data.student_train.augmented(data.augmentation), size)
-        unlabelled = loader(data.unlabelled.augmented(data.augmentation), size)
-        validation = loader(data.validation, size)
+        teacher_train = loader(data.augmented(data.teacher_train), size, num_workers=data.num_workers)
+        student_train = loader(data.augmented(data.student_train), size, num_workers=data.num_workers)
+        unlabelled = loader(data.augmented(data.unlabelled), size, num_workers=data.num_workers)
+        validation = loader(data.plain(data.validation), size, num_workers=data.num_workers)
         steps = {
             "teacher": recipe.rounds * levels.teacher.steps * levels.architecture.steps,
             "student": recipe.rounds * levels.student.steps * levels.architecture.steps,
@@ -180,8 +165,8 @@ class LBTExperiment(Experiment):
         random = self._evaluate(run, "random_cell", random_genotype(generator, DARTS), data)
         # The test images are read here, once, after all training.
         result = {
-            "test_error": error_rate(found, data.test),
-            "random_cell_test_error": error_rate(random, data.test),
+            "test_error": error_rate(found, data.plain(data.test), num_workers=data.num_workers),
+            "random_cell_test_error": error_rate(random, data.plain(data.test), num_workers=data.num_workers),
             "alpha_change": float(
                 sum(
                     (p.detach().cpu() - before[name].cpu()).square().sum()
