@@ -41,7 +41,10 @@ class DARTSExperiment(SearchExperiment):
         supernet = stage.supernet(recipe.supernet, data.num_classes, data.in_channels)
         architecture = stage.architecture()
         search = ArchitectureSearch()
-        train = loader(data.teacher_train.augmented(data.augmentation), recipe.batch_size)
+        train, validation = (
+            loader(part, recipe.batch_size, num_workers=data.num_workers)
+            for part in (data.augmented(data.teacher_train), data.plain(data.validation))
+        )
         upper_steps = recipe.rounds * levels.architecture.steps
         return mlo.Graph(
             levels=[
@@ -52,7 +55,7 @@ class DARTSExperiment(SearchExperiment):
                     "architecture",
                     architecture,
                     search.architecture_loss,
-                    loader(data.validation, recipe.batch_size),
+                    validation,
                     total_steps=max(1, upper_steps - levels.architecture.warmup_rounds * levels.architecture.steps),
                 ),
             ],

@@ -5,7 +5,6 @@ Source: DARTS (Liu et al. 2019), section 3.2, appendix A.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,10 +12,11 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import Dataset
 
 import mlo
 from mlo.recipes import LevelRecipe, RecipePart
-from problems.data import Images, Splits, loader
+from problems.data import Batch, Splits, loader
 from problems.lbt import accuracy
 from problems.search_spaces import EvaluationNetwork, Genotype
 
@@ -31,6 +31,7 @@ class EvaluationRecipe(RecipePart):
         batch_size: images.
         auxiliary_weight: of the auxiliary head's loss; 0 for no head.
         drop_path: probability at the end of training, rising from 0 with the progress of the run.
+        cutout: side of the square that is cut out of each training image, in pixels, or None.
         network: optimizer, schedule and clipping.
     """
 
@@ -40,6 +41,7 @@ class EvaluationRecipe(RecipePart):
     batch_size: PositiveInt
     auxiliary_weight: NonNegativeFloat = 0.4
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    cutout: PositiveInt | None = None
     network: LevelRecipe
 
 
@@ -77,8 +79,8 @@ def evaluation_graph(recipe: EvaluationRecipe, genotype: Genotype, data: Splits)
     Returns:
         The graph of one level, `network`, and the number of rounds that the recipe's epochs make.
     """
-    images = data.labelled.augmented(data.augmentation)
-    batches = loader(images, recipe.batch_size)
+    images = data.evaluation_training(cutout=recipe.cutout)
+    batches = loader(images, recipe.batch_size, num_workers=data.num_workers)
     rounds = recipe.epochs * len(batches)
     network = EvaluationNetwork(
         genotype,
@@ -99,12 +101,21 @@ def num_parameters(network: EvaluationNetwork) -> int:
 
 
 @torch.no_grad()
-def error_rate(network: Any, images: Images, batch_size: int = 256) -> float:
-    """Return the percentage of wrong predictions, in evaluation mode; the network's mode is put back."""
+def error_rate(network: Any, images: Dataset[Batch], batch_size: int = 256, num_workers: int = 0) -> float:
+    """Return the percentage of wrong predictions, in evaluation mode; the network's mode is put back.
+
+    Args:
+        network: whose output's `main` are the logits.
+        images: not augmented, with labels.
+        batch_size: images.
+        num_workers: processes that load.
+    """
     device = next(network.parameters()).device
     was_training = network.training
     network.eval()
-    batches: Iterable[tuple[Tensor, Tensor]] = loader(images, batch_size, shuffle=False)
-    wrong = sum(int((network(x.to(device)).main.argmax(dim=-1) != y.to(device)).sum()) for x, y in batches)
+    wrong = count = 0
+    for x, y in loader(images, batch_size, shuffle=False, num_workers=num_workers):
+        wrong += int((network(x.to(device)).main.argmax(dim=-1) != y.to(device)).sum())
+        count += len(y)
     network.train(was_training)
-    return 100.0 * wrong / len(images)
+    return 100.0 * wrong / count

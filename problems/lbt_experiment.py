@@ -60,10 +60,10 @@ class LBTExperiment(SearchExperiment):
             recipe.lambda_, recipe.gamma, recipe.complete_gradient, recipe.teacher_weight, recipe.labelled_weight
         )
         teacher_train, student_train, unlabelled = (
-            loader(part.augmented(data.augmentation), size)
+            loader(data.augmented(part), size, num_workers=data.num_workers)
             for part in (data.teacher_train, data.student_train, data.unlabelled)
         )
-        validation = loader(data.validation, size)
+        validation = loader(data.plain(data.validation), size, num_workers=data.num_workers)
         upper_steps = recipe.rounds * levels.architecture.steps
         return mlo.Graph(
             levels=[

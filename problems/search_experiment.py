@@ -19,7 +19,7 @@ from mlo.randomness import random_key
 from mlo.recipes import Recipe
 from mlo.runs import Experiment, Run, write_json
 from mlo.tracking import read_metrics
-from problems.data import DigitsRecipe, Splits
+from problems.data import DataRecipe, DigitsRecipe, Splits
 from problems.evaluation import EvaluationRecipe, error_rate, evaluation_graph, num_parameters
 from problems.report import draw_curves, write_report
 from problems.search_recipes import DARTSRecipe, SpaceRecipe, Stage, SupernetRecipe
@@ -41,7 +41,7 @@ class SearchRecipe(Recipe):
         random_cell: train and test a random cell of the space too, under the same budget.
     """
 
-    data: DigitsRecipe = DigitsRecipe()
+    data: DataRecipe = DigitsRecipe()
     batch_size: PositiveInt
     space: SpaceRecipe = DARTSRecipe()
     supernet: SupernetRecipe
@@ -130,7 +130,11 @@ class SearchExperiment(Experiment):
             generator = torch.Generator().manual_seed(random_key(self.recipe.seed, "random cell"))
             drawn = random_genotype(generator, self.recipe.space.space())
             networks["random_cell_"] = self._evaluate(run, "random_cell", drawn, data)
-        errors = {f"{prefix}test_error": error_rate(network, data.test) for prefix, network in networks.items()}
+        test = data.plain(data.test)
+        errors = {
+            f"{prefix}test_error": error_rate(network, test, num_workers=data.num_workers)
+            for prefix, network in networks.items()
+        }
         return {
             **errors,
             "num_parameters": num_parameters(networks[""]),
