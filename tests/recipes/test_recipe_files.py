@@ -94,6 +94,25 @@ def test_extends_replaces_an_object_whose_kind_changes(write: Write, change: str
     assert read_recipe(path) == {"hypergradient": outcome}
 
 
+def test_extends_takes_several_of_which_later_ones_win(write: Write) -> None:
+    write("space.yaml", "a: {x: 1, y: 2}\nkept: 1")
+    write("size.yaml", "a: {y: 3, z: 4}\nlist: [1]")
+    path = write("mine.yaml", "extends: [space.yaml, size.yaml]\na: {z: 5}")
+    assert read_recipe(path) == {"a": {"x": 1, "y": 3, "z": 5}, "kept": 1, "list": [1]}
+
+
+def test_parts_are_extended_and_not_listed(folders: tuple[Path, Path]) -> None:
+    (folders[0] / "_parts").mkdir()
+    (folders[0] / "_parts" / "size.yaml").write_text("seed: 7")
+    (folders[0] / "lbt" / "_space.yaml").write_text("extends: ../_parts/size.yaml\nproblem: lbt")
+    (folders[0] / "lbt" / "new.yaml").write_text("extends: _space.yaml")
+    assert "lbt/new" in dict(list_recipes(folders=folders))
+    assert not any("_" in name for name, _ in list_recipes(folders=folders))
+    assert read_recipe(folders[0] / "lbt" / "new.yaml", folders=folders) == {"seed": 7, "problem": "lbt"}
+    with pytest.raises(mlo.RecipeError, match="there is no bundled recipe 'lbt/_space'"):
+        find_recipe("lbt/_space", folders=folders)
+
+
 def test_extends_takes_a_bundled_name_or_a_path_relative_to_the_file(folders: tuple[Path, Path], write: Write) -> None:
     assert read_recipe(write("a/x.yaml", "extends: lbt/base\nseed: 1"), folders=folders) == {
         "problem": "lbt",
@@ -116,7 +135,7 @@ def test_a_cycle_is_named(write: Write, tmp_path: Path) -> None:
     [
         ("", "expected a mapping from keys to values, found nothing"),
         ("- a", "expected a mapping from keys to values, found a list"),
-        ("extends: 3", "extends: expected the name or the path of one recipe, found 3"),
+        ("extends: 3", "extends: expected names or paths of recipes, found 3"),
         ("extends: lbt/bse", "did you mean 'lbt/base'?"),
         ("extends: gone.yaml", "gone.yaml', seen from"),
     ],
