@@ -1,4 +1,4 @@
-"""The command line: list, run, resume, graph, check.
+"""The command line: list, run, resume, graph, check, sweep, report.
 
 A user's mistake ends with one message on standard error and exit status 2; an interrupted run with 128 + the signal's
 number; a check that finds a wrong hypergradient with 1.
@@ -7,6 +7,7 @@ number; a check that finds a wrong hypergradient with 1.
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +17,20 @@ from typing import Any
 import click
 import torch
 
+from mlo.campaign import (
+    Campaign,
+    Outcome,
+    Status,
+    check_folder,
+    format_outcomes,
+    parse_cluster,
+    parse_seeds,
+    parse_varied,
+    plan_runs,
+    prepare,
+    run_here,
+    submit,
+)
 from mlo.devices import find_device
 from mlo.drawing import describe_graph, draw_graph
 from mlo.engine import Engine
@@ -172,6 +187,74 @@ def check(*, recipe: str, overrides: tuple[str, ...], directions: int, seed: int
     found = engine.check(level, directions=directions, seed=loaded.seed)
     click.echo(str(found))
     sys.exit(0 if found.passed else 1)
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--seeds", required=True, metavar="N|A,B,...", help="How many (10: seeds 0 to 9), or which (0,3,7).")
+@click.option("--vary", metavar="KEY=V1,V2,...", multiple=True, help="Values of one setting; repeated: all products.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value in all runs.")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of all runs.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time  [default: 1; with --slurm: no limit]")
+@click.option(
+    "--slurm", metavar="KEY=VALUE", multiple=True, help="Submit to Slurm with this parameter; may be repeated."
+)
+@click.option("--retries", type=click.IntRange(min=0), default=1, show_default=True, help="Of each run that fails.")
+def sweep(
+    *,
+    recipe: str,
+    seeds: str,
+    vary: tuple[str, ...],
+    overrides: tuple[str, ...],
+    output: Path,
+    jobs: int | None,
+    slurm: tuple[str, ...],
+    retries: int,
+) -> None:
+    """Run RECIPE over seeds and over the product of settings; the same command again goes on.
+
+    Exits with 1 if a run failed. A later command may add seeds and values to the same folder.
+
+    \b
+    Example:
+        mlo sweep lbt/digits --seeds 10 --output runs/digits --jobs 2
+        mlo sweep lbt/digits --seeds 0,3,7 --vary lambda=0.5,1,2 --output runs/lambda
+        mlo sweep lbt/digits --seeds 10 --output runs/digits --slurm partition=gpu --slurm time=60
+    """  # noqa: D301
+    campaign = Campaign(
+        recipe=recipe,
+        name=_name(recipe),
+        settings=overrides,
+        varied=tuple(parse_varied(text) for text in vary),
+        seeds=parse_seeds(seeds),
+    )
+    campaign = check_folder(campaign, output)
+    cluster = parse_cluster(slurm, jobs) if slurm else None
+    runs = plan_runs(campaign, _load, lambda loaded: _experiment(loaded).graph())
+    folders = prepare(campaign, runs, output, _load)
+    if cluster is not None:
+        _summarize(submit(folders, output, cluster, retries=retries))
+        return
+    execution = run_here(folders, jobs=jobs or 1, retries=retries, say=click.echo)
+    failed = _summarize(execution.outcomes)
+    if execution.interruption is not None:
+        words = ["mlo", "sweep", recipe, "--seeds", seeds, *(word for text in vary for word in ("--vary", text))]
+        words += [word for text in overrides for word in ("--set", text)] + ["--output", str(output)]
+        words += ["--jobs", str(jobs)] if jobs else []
+        click.echo(f"\nStopped and saved. Go on with:\n\n    {shlex.join(words)}", err=True)
+        sys.exit(128 + execution.interruption.signal_number)
+    click.echo(f"\nCompare: mlo report {shlex.quote(str(output))}")
+    sys.exit(1 if failed else 0)
+
+
+def _summarize(outcomes: Mapping[str, Outcome]) -> bool:
+    """Print what became of a sweep's runs; returns whether one is neither finished nor on its way."""
+    click.echo(f"\n{format_outcomes(list(outcomes.values()))}")
+    return any(found.status in (Status.FAILED, Status.INTERRUPTED) for found in outcomes.values())
+
+
+def _name(recipe: str) -> str:
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 
 def _load(recipe: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:

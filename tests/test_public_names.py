@@ -39,4 +39,5 @@ def test_command_line_flags():
         "resume": ["--quiet"],
         "graph": ["--output", "--set"],
         "check": ["--directions", "--level", "--seed", "--set"],
+        "sweep": ["--jobs", "--output", "--retries", "--seeds", "--set", "--slurm", "--vary"],
     }
