@@ -6,17 +6,15 @@ Source: DARTS (Liu et al. 2019), section 3.2, appendix A.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 import mlo
 from mlo.recipes import LevelRecipe, RecipePart
-from problems.data import Batch, Splits, loader
+from problems.data import Splits, loader
 from problems.lbt import accuracy
 from problems.search_spaces import EvaluationNetwork, Genotype
 
@@ -28,9 +26,11 @@ class EvaluationRecipe(RecipePart):
         channels: of the first cells.
         num_cells: cells.
         epochs: passes over the labelled images.
-        batch_size: images.
+        batch_size: images in a batch; a step sees `network.micro_batches` batches.
+        stem: `cifar` keeps the resolution of the images, `imagenet` divides it by 8.
         auxiliary_weight: of the auxiliary head's loss; 0 for no head.
         drop_path: probability at the end of training, rising from 0 with the progress of the run.
+        label_smoothing: part of each label that is spread over all classes.
         cutout: side of the square that is cut out of each training image, in pixels, or None.
         network: optimizer, schedule and clipping.
     """
@@ -39,8 +39,10 @@ class EvaluationRecipe(RecipePart):
     num_cells: PositiveInt
     epochs: PositiveInt
     batch_size: PositiveInt
+    stem: Literal["cifar", "imagenet"] = "cifar"
     auxiliary_weight: NonNegativeFloat = 0.4
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     cutout: PositiveInt | None = None
     network: LevelRecipe
 
@@ -52,36 +54,45 @@ class Training:
     Args:
         drop_path: final drop-path probability, in [0, 1).
         auxiliary_weight: of the auxiliary loss, at least 0.
+        label_smoothing: part of each label that is spread over all classes, in [0, 1).
     """
 
     drop_path: float
     auxiliary_weight: float
+    label_smoothing: float = 0.0
 
     def loss(self, levels: mlo.Levels, batch: tuple[Tensor, Tensor]) -> mlo.Output:
         """Cross-entropy of the network, plus that of the auxiliary head."""
         images, labels = batch
         logits = levels.network(images, self.drop_path * levels.progress)
-        loss = functional.cross_entropy(logits.main, labels)
+        loss = functional.cross_entropy(logits.main, labels, label_smoothing=self.label_smoothing)
         metrics = {"accuracy": accuracy(logits.main, labels)}
         if logits.auxiliary is not None:
-            loss = loss + self.auxiliary_weight * functional.cross_entropy(logits.auxiliary, labels)
+            auxiliary = functional.cross_entropy(logits.auxiliary, labels, label_smoothing=self.label_smoothing)
+            loss = loss + self.auxiliary_weight * auxiliary
         return mlo.Output(loss, metrics)
 
 
-def evaluation_graph(recipe: EvaluationRecipe, genotype: Genotype, data: Splits) -> tuple[mlo.Graph, int]:
+def evaluation_graph(
+    recipe: EvaluationRecipe, genotype: Genotype, data: Splits, *, max_rounds: int | None = None
+) -> tuple[mlo.Graph, int]:
     """Build the network of a genotype and declare its training.
 
     Args:
         recipe: sizes and optimizer.
         genotype: the cells.
         data: trained on all labelled images that are not for the test.
+        max_rounds: at which the training ends if the recipe's epochs make more; the schedule then spans these.
 
     Returns:
-        The graph of one level, `network`, and the number of rounds that the recipe's epochs make.
+        The graph of one level, `network`, and the number of rounds, each of `recipe.network.steps` optimizer steps.
     """
-    images = data.evaluation_training(cutout=recipe.cutout)
-    batches = loader(images, recipe.batch_size, num_workers=data.num_workers)
-    rounds = recipe.epochs * len(batches)
+    batches = loader(data.evaluation_training(cutout=recipe.cutout), recipe.batch_size, num_workers=data.num_workers)
+    level = recipe.network
+    steps_per_epoch = len(batches) / level.micro_batches
+    rounds = max(1, int(recipe.epochs * steps_per_epoch / level.steps))
+    if max_rounds is not None:
+        rounds = min(rounds, max_rounds)
     network = EvaluationNetwork(
         genotype,
         data.num_classes,
@@ -89,33 +100,15 @@ def evaluation_graph(recipe: EvaluationRecipe, genotype: Genotype, data: Splits)
         recipe.num_cells,
         data.in_channels,
         auxiliary=recipe.auxiliary_weight > 0,
+        stem=recipe.stem,
     )
-    training = Training(recipe.drop_path, recipe.auxiliary_weight)
-    problem = recipe.network.declare("network", network, training.loss, batches, total_steps=rounds)
+    training = Training(recipe.drop_path, recipe.auxiliary_weight, recipe.label_smoothing)
+    problem = level.declare(
+        "network",
+        network,
+        training.loss,
+        batches,
+        total_steps=rounds * level.steps,
+        steps_per_epoch=steps_per_epoch,
+    )
     return mlo.Graph([problem]), rounds
-
-
-def num_parameters(network: EvaluationNetwork) -> int:
-    """Count the weights, those of the auxiliary head left out, which is not part of the final network."""
-    return sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary_head."))
-
-
-@torch.no_grad()
-def error_rate(network: Any, images: Dataset[Batch], batch_size: int = 256, num_workers: int = 0) -> float:
-    """Return the percentage of wrong predictions, in evaluation mode; the network's mode is put back.
-
-    Args:
-        network: whose output's `main` are the logits.
-        images: not augmented, with labels.
-        batch_size: images.
-        num_workers: processes that load.
-    """
-    device = next(network.parameters()).device
-    was_training = network.training
-    network.eval()
-    wrong = count = 0
-    for x, y in loader(images, batch_size, shuffle=False, num_workers=num_workers):
-        wrong += int((network(x.to(device)).main.argmax(dim=-1) != y.to(device)).sum())
-        count += len(y)
-    network.train(was_training)
-    return 100.0 * wrong / count

@@ -20,7 +20,8 @@ from mlo.recipes import Recipe
 from mlo.runs import Experiment, Run, write_json
 from mlo.tracking import read_metrics
 from problems.data import DataRecipe, DigitsRecipe, Splits
-from problems.evaluation import EvaluationRecipe, error_rate, evaluation_graph, num_parameters
+from problems.evaluation import EvaluationRecipe, evaluation_graph
+from problems.measures import num_parameters, predict
 from problems.report import draw_curves, write_report
 from problems.search_recipes import DARTSRecipe, SpaceRecipe, Stage, SupernetRecipe
 from problems.search_spaces import Architecture, Genotype, SearchSpace, random_genotype
@@ -132,7 +133,7 @@ class SearchExperiment(Experiment):
             networks["random_cell_"] = self._evaluate(run, "random_cell", drawn, data)
         test = data.plain(data.test)
         errors = {
-            f"{prefix}test_error": error_rate(network, test, num_workers=data.num_workers)
+            f"{prefix}test_error": predict(network, test, num_workers=data.num_workers).error()
             for prefix, network in networks.items()
         }
         return {

@@ -1,6 +1,7 @@
 """What a recipe says about one level: its optimizer, its schedule, and how its best response is differentiated.
 
-Used by the schemas of problems. The kinds of `hypergradient` are those of `mlo.hypergradients.KINDS`.
+Used by the schemas of problems. The kinds of `scheduler` are those of `mlo.recipes.schedulers`, the kinds of
+`hypergradient` those of `mlo.hypergradients.KINDS`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from mlo.hypergradients import KINDS, Hypergradient
 from mlo.problem import Loss, Problem
 from mlo.recipes.kinds import Buildable, RecipePart, kind_union
+from mlo.recipes.schedulers import ConstantRecipe, SchedulerRecipe, Span
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """The factor that a running average keeps of itself in one step."""
@@ -83,28 +84,7 @@ class AdamWRecipe(_AdamFamily):
     optimizer_type: ClassVar[Any] = torch.optim.AdamW
 
 
-class ConstantRecipe(RecipePart):
-    """The learning rate stays what the optimizer says."""
-
-    kind: Literal["constant"] = "constant"
-
-    def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
-        """Make no scheduler."""
-
-
-class CosineRecipe(RecipePart):
-    """The learning rate falls along half a cosine, from the optimizer's to `final_learning_rate`."""
-
-    kind: Literal["cosine"] = "cosine"
-    final_learning_rate: NonNegativeFloat = 0.0
-
-    def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
-        """Make the scheduler, to be stepped once after each step of `optimizer`; it ends after `total_steps`."""
-        return CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=self.final_learning_rate)
-
-
 OptimizerRecipe: TypeAlias = Annotated[SGDRecipe | AdamRecipe | AdamWRecipe, Field(discriminator="kind")]
-SchedulerRecipe: TypeAlias = Annotated[ConstantRecipe | CosineRecipe, Field(discriminator="kind")]
 if TYPE_CHECKING:
     HypergradientRecipe: TypeAlias = Buildable[Hypergradient]
 else:
@@ -118,7 +98,7 @@ class LevelRecipe(RecipePart):
         optimizer: what moves the level's variables.
         scheduler: how its learning rate changes, per optimizer step.
         hypergradient: how the level's best response is differentiated; a top level's is ignored.
-        steps: the optimizer steps that the level takes per step of the levels above it.
+        steps: the optimizer steps that the level takes per step of the levels above it; of a top level, per round.
         clip_norm: the norm that its gradients are clipped to, or None.
         warmup_rounds: rounds in which a top level waits, while those inside it are trained.
         micro_batches: batches that a step's loss is the mean of, run one after the other (gradient accumulation).
@@ -133,7 +113,14 @@ class LevelRecipe(RecipePart):
     micro_batches: PositiveInt = 1
 
     def declare(
-        self, name: str, module: nn.Module, loss: Loss, data: Iterable[Any] | None, *, total_steps: int
+        self,
+        name: str,
+        module: nn.Module,
+        loss: Loss,
+        data: Iterable[Any] | None,
+        *,
+        total_steps: int,
+        steps_per_epoch: float | None = None,
     ) -> Problem:
         """Declare the level, its optimizer and scheduler built over `module`.
 
@@ -143,6 +130,10 @@ class LevelRecipe(RecipePart):
             loss: `loss(levels, batch)`.
             data: its batches.
             total_steps: the optimizer steps that the scheduler is to span.
+            steps_per_epoch: optimizer steps in a pass over the data; None where the problem counts no epochs.
+
+        Raises:
+            RecipeError: the schedule counts epochs and the problem does not, or its warm-up is too long.
         """
         optimizer = self.optimizer.build(p for p in module.parameters() if p.requires_grad)
         return Problem(
@@ -153,7 +144,7 @@ class LevelRecipe(RecipePart):
             data,
             hypergradient=self.hypergradient.build(),
             steps=self.steps,
-            scheduler=self.scheduler.build(optimizer, total_steps),
+            scheduler=self.scheduler.build(optimizer, Span(total_steps, steps_per_epoch)),
             clip_norm=self.clip_norm,
             micro_batches=self.micro_batches,
             warmup_rounds=self.warmup_rounds,

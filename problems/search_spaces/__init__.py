@@ -9,6 +9,7 @@ from problems.search_spaces.darts import (
     random_genotype,
 )
 from problems.search_spaces.evaluation import EvaluationNetwork, Logits
+from problems.search_spaces.export import export_network, load_network
 from problems.search_spaces.genotypes import PUBLISHED, Genotype
 from problems.search_spaces.primitives import PRIMITIVES
 from problems.search_spaces.relaxations import RELAXATIONS, Relaxation
@@ -29,5 +30,7 @@ __all__ = [
     "SearchSpace",
     "Supernet",
     "discretize",
+    "export_network",
+    "load_network",
     "random_genotype",
 ]

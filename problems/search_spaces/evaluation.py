@@ -5,7 +5,8 @@ Source: DARTS (Liu et al. 2019), sections 3.2, 3.3, appendix A and its published
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +14,20 @@ from torch.nn import functional
 from problems.search_spaces.cells import EvaluationCell, cell_shapes
 from problems.search_spaces.genotypes import Genotype
 from problems.search_spaces.stems import CIFARStem, ImageNetStem
+
+Stem: TypeAlias = Literal["cifar", "imagenet"]
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """What an evaluation network was constructed with, the auxiliary head apart; see `EvaluationNetwork`."""
+
+    genotype: Genotype
+    num_classes: int
+    channels: int
+    num_cells: int
+    in_channels: int
+    stem: Stem
 
 
 class Logits(NamedTuple):
@@ -89,6 +104,9 @@ class EvaluationNetwork(nn.Module):
         auxiliary: Whether there is an auxiliary head, on the output of cell `2 * num_cells // 3`.
         stem: `"cifar"` keeps the resolution, `"imagenet"` divides it by 8.
 
+    Attributes:
+        shape: The arguments, for `export_network`.
+
     Raises:
         ValueError: The stem is unknown, or `channels` or `num_cells` too small.
 
@@ -109,11 +127,12 @@ class EvaluationNetwork(nn.Module):
         in_channels: int = 3,
         *,
         auxiliary: bool = False,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Stem = "cifar",
     ) -> None:
         super().__init__()
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"unknown stem {stem!r}: expected 'cifar' or 'imagenet'")
+        self.shape = NetworkShape(genotype, num_classes, channels, num_cells, in_channels, stem)
         self.stem = CIFARStem(in_channels, channels) if stem == "cifar" else ImageNetStem(in_channels, channels)
         shapes, out_channels = cell_shapes(
             self.stem.out_channels,

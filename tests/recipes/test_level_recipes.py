@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from mlo.hypergradients import KINDS, FiniteDifference
-from mlo.recipes import HypergradientRecipe, LevelRecipe, OptimizerRecipe, SchedulerRecipe
+from mlo.recipes import HypergradientRecipe, LevelRecipe, OptimizerRecipe
 
 OPTIMIZER: TypeAdapter[Any] = TypeAdapter(OptimizerRecipe)
-SCHEDULER: TypeAdapter[Any] = TypeAdapter(SchedulerRecipe)
 HYPERGRADIENT: TypeAdapter[Any] = TypeAdapter(HypergradientRecipe)
 
 
@@ -72,21 +70,6 @@ def test_defaults_are_those_of_pytorch(kind: str, make: Any) -> None:
 def test_values_out_of_range_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         read(OPTIMIZER, **values)
-
-
-def test_constant_makes_no_scheduler() -> None:
-    assert read(SCHEDULER, kind="constant").build(torch.optim.SGD(parameters(), lr=0.1), 10) is None
-
-
-def test_cosine_falls_from_the_optimizers_rate_to_the_final_one_in_total_steps() -> None:
-    optimizer = torch.optim.SGD(parameters(), lr=0.1)
-    scheduler = read(SCHEDULER, kind="cosine", final_learning_rate=0.02).build(optimizer, 4)
-    rates = [optimizer.param_groups[0]["lr"]]
-    for _ in range(4):
-        optimizer.step()
-        scheduler.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.02 + 0.04 * (1 + math.cos(math.pi * step / 4)) for step in range(5)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -282,6 +282,8 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "      dampening: 0.0\n"
         "    scheduler:\n"
         "      kind: constant\n"
+        "      warmup_steps: 0\n"
+        "      warmup_epochs: 0.0\n"
         "    hypergradient:\n"
         "      kind: finite_difference\n"
         "      radius: 0.02\n"
