@@ -1,6 +1,8 @@
 """Loaders batch, repeat bit for bit with any number of workers, keep their workers, and tell of bad images plainly."""
 
+import gc
 import multiprocessing
+import time
 
 import pytest
 import torch
@@ -134,6 +136,21 @@ def test_workers_are_started_once():
     assert set(multiprocessing.active_children()) - before == workers
     del batches
     assert not set(multiprocessing.active_children()) & workers
+
+
+def test_workers_stop_at_once_where_the_garbage_collector_finds_their_loader():
+    """As in an engine whose objects refer to each other: PyTorch's own shutdown then waits five seconds a worker."""
+    before = set(multiprocessing.active_children())
+    batches = loader(Noisy(8), 2, num_workers=2)
+    cycle = [batches, iter(batches)]
+    cycle.append(cycle)
+    next(cycle[1])
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    began = time.monotonic()
+    del cycle, batches
+    gc.collect()
+    assert not set(multiprocessing.active_children()) - before
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
