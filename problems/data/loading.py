@@ -8,6 +8,7 @@ nothing but the speed; a worker's own generator, which goes on from epoch to epo
 
 from __future__ import annotations
 
+import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -135,11 +136,17 @@ class Loader:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # for the workers' seeds, which nothing reads: leaves the global one alone
         )
         pool = _Pool(requests, batches)
         self._pools.append(pool)
         return pool
+
+
+def _ignore_interrupts(worker: int) -> None:  # noqa: ARG001
+    """Let Ctrl-C, which every process of a terminal gets, stop the main process, that still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _release(*pools: list[_Pool]) -> None:

@@ -2,6 +2,8 @@
 
 import gc
 import multiprocessing
+import os
+import signal
 import time
 
 import pytest
@@ -136,6 +138,19 @@ def test_workers_are_started_once():
     assert set(multiprocessing.active_children()) - before == workers
     del batches
     assert not set(multiprocessing.active_children()) & workers
+
+
+def test_workers_leave_ctrl_c_to_the_main_process():
+    """A run that is interrupted ends its round, for which it needs batches, and saves."""
+    before = set(multiprocessing.active_children())
+    torch.manual_seed(0)
+    expected = values(list(loader(Noisy(40), 2)))
+    torch.manual_seed(0)
+    batches = iter(loader(Noisy(40), 2, num_workers=2))
+    drawn = [next(batches), next(batches)]
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, signal.SIGINT)
+    assert values(drawn + list(batches)) == expected
 
 
 def test_workers_stop_at_once_where_the_garbage_collector_finds_their_loader():
