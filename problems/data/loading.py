@@ -8,6 +8,8 @@ nothing but the speed; a worker's own generator, which goes on from epoch to epo
 
 from __future__ import annotations
 
+import signal
+import weakref
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, cast
@@ -80,6 +82,14 @@ class _Batches(Dataset[Any]):
         return default_collate(items)
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """A `DataLoader` and its workers, for one iteration at a time, whose batches `requests` says."""
+
+    requests: _Requests
+    batches: DataLoader[Any]
+
+
 class Loader:
     """Batches of a data set, made by `loader`. Each iteration is an epoch, and several may go on side by side.
 
@@ -94,7 +104,11 @@ class Loader:
         self.images = images
         self.num_workers = num_workers
         self._requests = (len(cast("Sized", images)), batch_size, shuffle)
-        self._idle: list[tuple[_Requests, DataLoader[Any]]] = []  # one for each iteration that ever went on at a time
+        self._pools: list[_Pool] = []  # one for each iteration that ever went on at a time
+        self._idle: list[_Pool] = []
+        # A pool that the garbage collector takes apart cannot tell its workers to stop, and waits seconds for each. The
+        # finalizer keeps the pools out of any cycle that the loader is in, and lets go of them in good order.
+        weakref.finalize(self, _release, self._pools, self._idle)
 
     def __len__(self) -> int:
         return len(_Requests(*self._requests))
@@ -103,17 +117,17 @@ class Loader:
         return self._epoch(int(torch.empty((), dtype=torch.int64).random_()))
 
     def _epoch(self, key: int) -> Iterator[Batch]:
-        requests, batches = self._idle.pop() if self._idle else self._start()
-        requests.key = key
+        pool = self._idle.pop() if self._idle else self._start()
+        pool.requests.key = key
         try:
-            for batch in batches:
+            for batch in pool.batches:
                 if isinstance(batch, MloError):
                     raise batch
                 yield batch
         finally:  # also when the caller drops the iterator in the middle of the epoch
-            self._idle.append((requests, batches))
+            self._idle.append(pool)
 
-    def _start(self) -> tuple[_Requests, DataLoader[Any]]:
+    def _start(self) -> _Pool:
         requests = _Requests(*self._requests)
         batches: DataLoader[Any] = DataLoader(
             _Batches(self.images),
@@ -122,9 +136,22 @@ class Loader:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # for the workers' seeds, which nothing reads: leaves the global one alone
         )
-        return requests, batches
+        pool = _Pool(requests, batches)
+        self._pools.append(pool)
+        return pool
+
+
+def _ignore_interrupts(worker: int) -> None:  # noqa: ARG001
+    """Let Ctrl-C, which every process of a terminal gets, stop the main process, that still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _release(*pools: list[_Pool]) -> None:
+    for some in pools:
+        some.clear()
 
 
 def loader(images: Dataset[Batch], batch_size: int, *, shuffle: bool = True, num_workers: int = 0) -> Loader:

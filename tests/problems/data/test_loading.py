@@ -1,6 +1,10 @@
 """Loaders batch, repeat bit for bit with any number of workers, keep their workers, and tell of bad images plainly."""
 
+import gc
 import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -134,6 +138,34 @@ def test_workers_are_started_once():
     assert set(multiprocessing.active_children()) - before == workers
     del batches
     assert not set(multiprocessing.active_children()) & workers
+
+
+def test_workers_leave_ctrl_c_to_the_main_process():
+    """A run that is interrupted ends its round, for which it needs batches, and saves."""
+    before = set(multiprocessing.active_children())
+    torch.manual_seed(0)
+    expected = values(list(loader(Noisy(40), 2)))
+    torch.manual_seed(0)
+    batches = iter(loader(Noisy(40), 2, num_workers=2))
+    drawn = [next(batches), next(batches)]
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, signal.SIGINT)
+    assert values(drawn + list(batches)) == expected
+
+
+def test_workers_stop_at_once_where_the_garbage_collector_finds_their_loader():
+    """As in an engine whose objects refer to each other: PyTorch's own shutdown then waits five seconds a worker."""
+    before = set(multiprocessing.active_children())
+    batches = loader(Noisy(8), 2, num_workers=2)
+    cycle = [batches, iter(batches)]
+    cycle.append(cycle)
+    next(cycle[1])
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    began = time.monotonic()
+    del cycle, batches
+    gc.collect()
+    assert not set(multiprocessing.active_children()) - before
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
