@@ -7,6 +7,7 @@ number; a check that finds a wrong hypergradient with 1.
 from __future__ import annotations
 
 import errno
+import json
 import shlex
 import sys
 import time
@@ -110,12 +111,41 @@ def run(
         mlo run lbt/digits --seed 1 --output runs/first
         mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
     """  # noqa: D301
-    short = {"seed": seed, "device": device, "rounds": rounds}
-    loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
-    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
-    _experiment(loaded).graph()  # a mistake that only this shows ends the command before anything is written
-    folder = output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    _execute(Run.begin(folder, loaded, name, progress=not quiet))
+    _begin(recipe, overrides, {"seed": seed, "device": device, "rounds": rounds}, output, quiet=quiet)
+
+
+@main.command()
+@click.argument("subject", metavar="GENOTYPE_OR_RUN")
+@click.option(
+    "--recipe", required=True, help="How to train: a bundled recipe, such as evaluate/cifar10, or a YAML file."
+)
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value; may be repeated.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of all random draws; short for --set seed=N.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps; short for --set device=D.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder of the run  [default: runs/RECIPE/TIME]")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def evaluate(
+    *,
+    subject: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    device: str | None,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """Train the network of a genotype from scratch, and test it.
+
+    GENOTYPE_OR_RUN is the folder of a run that found one, its genotype.json, or the name of a published one (DARTS_V2,
+    PDARTS, PC_DARTS_cifar, ...).
+
+    \b
+    Example:
+        mlo evaluate runs/first --recipe evaluate/digits
+        mlo evaluate PC_DARTS_cifar --recipe evaluate/cifar10 --seed 1
+    """  # noqa: D301
+    short = {"genotype": _find_genotype(subject), "seed": seed, "device": device}
+    _begin(recipe, overrides, short, output, quiet=quiet)
 
 
 @main.command("resume")
@@ -255,6 +285,34 @@ def _summarize(outcomes: Mapping[str, Outcome]) -> bool:
 
 def _name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+
+
+def _find_genotype(subject: str) -> str:
+    """Return what a recipe's `genotype` is to be: what is in a run's folder or in a file, or a name."""
+    path = Path(subject)
+    if path.is_dir():
+        path = path / "genotype.json"
+        if not path.is_file():
+            raise MloError(
+                f"{subject}: expected the folder of a run that has found a genotype; found no genotype.json in it. "
+                f"Go on with the run first: mlo resume {subject}"
+            )
+    if not path.is_file() and path.suffix != ".json":
+        return subject
+    try:
+        return json.dumps(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise MloError(f"{path}: expected a genotype as JSON; found something else ({error})") from error
+
+
+def _begin(
+    recipe: str, overrides: tuple[str, ...], short: Mapping[str, object], output: Path | None, *, quiet: bool
+) -> None:
+    loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
+    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    _experiment(loaded).graph()  # a mistake that only this shows ends the command before anything is written
+    folder = output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    _execute(Run.begin(folder, loaded, name, progress=not quiet))
 
 
 def _load(recipe: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:

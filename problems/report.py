@@ -27,15 +27,16 @@ from mlo.figures import FAINT, PAPER, house_style, save_figure, text_width
 from mlo.files import write_text
 from problems.search_spaces.genotypes import Genotype
 
-PICTURES = ("cell_normal.svg", "cell_reduce.svg", "alphas.png", "curves.png", "graph.svg")
-"""The pictures of a run, in its folder."""
+PICTURES = ("cell_normal.svg", "cell_reduce.svg", "curves.png")
+"""The pictures of every run, in its folder."""
+
+SOME_PICTURES = ("alphas.png", "graph.svg", "confusion.svg")
+"""Those of some: of a search the first two, of an evaluation the last."""
 
 _TEXTS = ("recipe.yaml", "result.json", "genotype.json", "metrics.jsonl")
 _MIME = {".svg": "image/svg+xml", ".png": "image/png"}
-_NUMBERS = (
-    *("test_error", "random_cell_test_error", "alpha_change", "num_parameters"),
-    *("search_seconds", "evaluation_seconds"),
-)
+_NUMBERS = ("test_error", "num_parameters", "evaluation_seconds")
+_SOME_NUMBERS = ("random_cell_test_error", "test_error_top5", "multiply_adds", "alpha_change", "search_seconds")
 _RESULTS = (*_NUMBERS, "seed", "recipe", "versions")
 _KINDS = ("loss", "accuracy")
 _COLORS = ("#1668b0", "#c9480a", "#157a5a", "#7b4aa8", "#a97a10", "#b02a5b", "#4a5560")
@@ -143,7 +144,8 @@ def write_report(folder: str | Path) -> Path:
     """Write `report.html` into the folder of a finished run.
 
     Args:
-        folder: Holds what a run leaves: `recipe.yaml`, `result.json`, `genotype.json`, `metrics.jsonl` and `PICTURES`.
+        folder: Holds what a run leaves: `recipe.yaml`, `result.json`, `genotype.json`, `metrics.jsonl`, `PICTURES`, and
+            perhaps `SOME_PICTURES`.
 
     Returns:
         The path of the report. An older one is replaced.
@@ -156,7 +158,7 @@ def write_report(folder: str | Path) -> Path:
     if missing:
         raise MloError(f"Expected a finished run in {folder}. Missing there: {', '.join(missing)}.")
     result = _load(folder / "result.json", _RESULTS)
-    for key in _NUMBERS:
+    for key in (*_NUMBERS, *(key for key in _SOME_NUMBERS if key in result)):
         if not _is_finite(result[key]):
             raise MloError(f"{folder / 'result.json'}: expected {key!r} to be a finite number. Got {result[key]!r}.")
     genotype = _load(folder / "genotype.json", [field.name for field in fields(Genotype)])
@@ -173,8 +175,10 @@ def write_report(folder: str | Path) -> Path:
     environment.filters |= {"duration": _duration, "metric": _format_metric}
     page = environment.get_template("report.html.j2").render(
         result=result,
-        others={key: value for key, value in result.items() if key not in _RESULTS},
-        pictures={Path(name).stem: _embed(folder / name) for name in PICTURES},
+        others={key: value for key, value in result.items() if key not in (*_RESULTS, *_SOME_NUMBERS)},
+        pictures={
+            Path(name).stem: _embed(folder / name) for name in (*PICTURES, *SOME_PICTURES) if (folder / name).is_file()
+        },
         cells=[
             ("normal", list(zip(checked.normal[::2], checked.normal[1::2], strict=True)), checked.normal_concat),
             ("reduction", list(zip(checked.reduce[::2], checked.reduce[1::2], strict=True)), checked.reduce_concat),

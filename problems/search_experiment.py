@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,7 +98,13 @@ class SearchExperiment(Experiment):
         assert architecture is not None
         genotype = architecture.discretize(max_skips=recipe.space.max_skips)
         write_json(folder / "genotype.json", genotype.to_json())
-        _draw(folder, genotype, architecture, relaxed_before)
+        draw_genotype(folder, genotype)
+        draw_alphas(
+            folder / "alphas.png",
+            _probabilities(architecture),
+            _primitives(architecture.space),
+            initial=relaxed_before,
+        )
         figures: dict[str, Any] = {
             "search_rounds": engine.rounds_done,
             "alpha_change": float(
@@ -163,14 +170,14 @@ def _architecture(graph: mlo.Graph) -> Architecture:
     return module
 
 
-def _draw(folder: Any, genotype: Genotype, architecture: Architecture, before: Mapping[str, Any]) -> None:
+def draw_genotype(folder: Path, genotype: Genotype) -> None:
+    """Write the pictures of both cells into a folder."""
     for cell, edges, concat in (
         ("normal", genotype.normal, genotype.normal_concat),
         ("reduce", genotype.reduce, genotype.reduce_concat),
     ):
         for suffix in ("svg", "png"):
             draw_cell(edges, concat, folder / f"cell_{cell}.{suffix}", f"{cell} cell")
-    draw_alphas(folder / "alphas.png", _probabilities(architecture), _primitives(architecture.space), initial=before)
 
 
 def _primitives(space: SearchSpace) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from problems.search_spaces.darts import (
 )
 from problems.search_spaces.evaluation import EvaluationNetwork, Logits
 from problems.search_spaces.export import export_network, load_network
-from problems.search_spaces.genotypes import PUBLISHED, Genotype
+from problems.search_spaces.genotypes import PUBLISHED, Genotype, find_genotype
 from problems.search_spaces.primitives import PRIMITIVES
 from problems.search_spaces.relaxations import RELAXATIONS, Relaxation
 from problems.search_spaces.supernet import Architecture, Supernet
@@ -31,6 +31,7 @@ __all__ = [
     "Supernet",
     "discretize",
     "export_network",
+    "find_genotype",
     "load_network",
     "random_genotype",
 ]

@@ -9,6 +9,7 @@ Source: DARTS (Liu et al. 2019), section 2.4 and its published code; P-DARTS (Ch
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -238,3 +239,20 @@ PUBLISHED: Mapping[str, Genotype] = MappingProxyType(
 )
 """The published genotypes by name; a line of edges makes a node."""
 # fmt: on
+
+
+def find_genotype(name: str) -> Genotype:
+    """Return a published genotype.
+
+    Raises:
+        ValueError: There is none of that name; the message gives the nearest.
+
+    Example:
+        >>> find_genotype("PDARTS").normal[0]
+        ('skip_connect', 0)
+    """
+    if name not in PUBLISHED:
+        nearest = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"unknown genotype {name!r}: {hint}The published ones are {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
