@@ -1,9 +1,11 @@
 """Each kind of data is a recipe's part: typed, with the protocol's fractions as defaults, and built by its kind."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -44,6 +46,13 @@ def test_each_kind_builds_its_data(tmp_path, monkeypatch):
     assert len(small.build(0).teacher_train) == 100
     sized = parse(kind="image_folder", root=root, image_size=16, unlabelled_fraction=0.1, limit=20)
     assert (sized.build(0).image_size, len(sized.build(0).unlabelled)) == (16, 4)
+
+
+def test_the_documented_recipes_are_valid_and_show_every_kind():
+    document = Path(__file__).parents[3] / "docs" / "data.md"
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    parsed = [parse(**yaml.safe_load(block)["data"]) for block in blocks]
+    assert sorted(part.kind for part in parsed) == ["cifar10", "cifar100", "digits", "image_folder", "imagenet"]
 
 
 @pytest.mark.parametrize("kind", ["imagenet", "image_folder", "cifar10"])
