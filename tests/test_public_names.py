@@ -39,5 +39,6 @@ def test_command_line_flags():
         "resume": ["--quiet"],
         "graph": ["--output", "--set"],
         "check": ["--directions", "--level", "--seed", "--set"],
+        "report": ["--group-by", "--metrics", "--output"],
         "sweep": ["--jobs", "--output", "--retries", "--seeds", "--set", "--slurm", "--vary"],
     }
