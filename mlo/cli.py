@@ -32,6 +32,7 @@ from mlo.campaign import (
     run_here,
     submit,
 )
+from mlo.comparison import find_runs, published, write_comparison
 from mlo.devices import find_device
 from mlo.drawing import describe_graph, draw_graph
 from mlo.engine import Engine
@@ -275,6 +276,32 @@ def sweep(
         sys.exit(128 + execution.interruption.signal_number)
     click.echo(f"\nCompare: mlo report {shlex.quote(str(output))}")
     sys.exit(1 if failed else 0)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write into  [default: comparison in RUN if it is one, else here]",
+)
+@click.option("--group-by", metavar="KEY", multiple=True, help="Only this setting tells groups apart; may be repeated.")
+@click.option("--metrics", metavar="A,B,...", default="", help="More figures of result.json to show.")
+def report(*, runs: tuple[Path, ...], output: Path | None, group_by: tuple[str, ...], metrics: str) -> None:
+    """Compare RUNS: tables of means over seeds, one row for every recipe and every setting that differs.
+
+    A RUN is the folder of a run, or one that contains runs, such as that of a sweep. Writes Markdown, LaTeX, CSV and
+    one HTML page; where one number differs, also a curve over it.
+
+    \b
+    Example:
+        mlo report runs/lambda
+        mlo report runs/digits runs/lambda --group-by lambda --metrics alpha_change --output tables
+    """  # noqa: D301
+    folder = output or (runs[0] if len(runs) == 1 else Path()) / "comparison"
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    table, written = write_comparison(find_runs(runs), folder, group_by=group_by, metrics=names, references=published())
+    click.echo(f"{table}\nWritten: {', '.join(map(str, written))}")
 
 
 def _summarize(outcomes: Mapping[str, Outcome]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -171,7 +171,8 @@ def write_report(folder: str | Path) -> Path:
         _parse(line, f"{metrics}, line {number}", ("phase", "round"))
         for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1)
     ]
-    environment = Environment(loader=PackageLoader("problems"), autoescape=True, undefined=StrictUndefined)
+    loader = ChoiceLoader([PackageLoader("problems"), PackageLoader("mlo")])  # mlo's has the style sheet of all pages
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"duration": _duration, "metric": _format_metric}
     page = environment.get_template("report.html.j2").render(
         result=result,

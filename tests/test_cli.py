@@ -176,7 +176,7 @@ def test_mistakes_end_with_a_message_and_status_2(tmp_path, monkeypatch, argumen
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["run"], ["resume"], ["graph"], ["check"], ["sweep"]])
+@pytest.mark.parametrize("command", [[], ["list"], ["run"], ["resume"], ["graph"], ["check"], ["sweep"], ["report"]])
 def test_help_has_an_example(command):
     done = CliRunner().invoke(main, [*command, "--help"])
     assert done.exit_code == 0

@@ -36,8 +36,10 @@ def test_command_line_flags():
     assert flags == {
         "list": [],
         "run": ["--device", "--output", "--quiet", "--rounds", "--seed", "--set"],
+        "evaluate": ["--device", "--output", "--quiet", "--recipe", "--seed", "--set"],
         "resume": ["--quiet"],
         "graph": ["--output", "--set"],
         "check": ["--directions", "--level", "--seed", "--set"],
+        "report": ["--group-by", "--metrics", "--output"],
         "sweep": ["--jobs", "--output", "--retries", "--seeds", "--set", "--slurm", "--vary"],
     }

@@ -19,6 +19,8 @@ from mlo.recipes.strict_yaml import parse_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SUFFIXES = (".yaml", ".yml")
+REFERENCES = "references.yaml"
+"""Name of the files, beside the bundled recipes, that hold published figures and are no recipes."""
 BUNDLED_FOLDERS = (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes")
 """The folders of bundled recipes: the installed copy's, then the source tree's. One of them usually does not exist."""
 
@@ -124,6 +126,6 @@ def _bundled_recipes(folders: Sequence[Path]) -> dict[str, Path]:
     for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
             name = path.relative_to(folder).with_suffix("")
-            if not any(part.startswith("_") for part in name.parts):
+            if not any(part.startswith("_") for part in name.parts) and path.name != REFERENCES:
                 recipes.setdefault(name.as_posix(), path)
     return recipes
