@@ -29,8 +29,8 @@ SMALL = {
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    for dataset in (CIFAR10, CIFAR100):
-        write_cifar(dataset, tmp_path / "data", monkeypatch, per_class=1)
+    for dataset, per_class in ((CIFAR10, 1), (CIFAR100, 2)):
+        write_cifar(dataset, tmp_path / "data", monkeypatch, per_class=per_class)
     for part, count in (("train", 40), ("val", 2)):
         write_folder(tmp_path / "data" / "imagenet" / part, {f"n{index}": count for index in range(6)}, size=(40, 36))
     monkeypatch.chdir(tmp_path)
@@ -53,8 +53,11 @@ def small(name):
         found[f"levels.{level}.scheduler.warmup_steps"] = min(1, recipe["scheduler"]["warmup_steps"])
     if data.get("evaluation", {}).get("network"):
         found["evaluation.network.micro_batches"] = 1
+        found["evaluation.network.scheduler.warmup_epochs"] = 0
     if data.get("space", {}).get("kind") == "p_darts":
         found["space.num_cells"] = "[3, 3, 3]"
+    if data["data"]["kind"] == "digits":
+        found["data.fractions"] = "[0.05, 0.05, 0.05, 0.05, 0.8]"
     if data["data"]["kind"] == "imagenet":
         found |= {"data.image_size": 64, "evaluation.batch_size": 8}
     return [f"{key}={value}" for key, value in found.items()]
