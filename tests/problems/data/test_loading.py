@@ -165,7 +165,7 @@ def test_workers_stop_at_once_where_the_garbage_collector_finds_their_loader():
     del cycle, batches
     gc.collect()
     assert not set(multiprocessing.active_children()) - before
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 8  # it would be ten
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
