@@ -1,7 +1,8 @@
 """What a run looks like: its learning curves, and a report on one page.
 
 `write_report` gathers what a finished run left in its folder into a single HTML file that needs nothing else: no
-network, no script, no other file. `mlo report` calls it; the run itself has drawn the curves.
+network, no script, no other file. A run calls it at its end, and `mlo resume` on a finished run again; the run itself
+has drawn the curves.
 """
 
 from __future__ import annotations
