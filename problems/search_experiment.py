@@ -25,7 +25,7 @@ from problems.evaluation import EvaluationRecipe, evaluation_graph
 from problems.measures import num_parameters, predict
 from problems.report import draw_curves, write_report
 from problems.search_recipes import DARTSRecipe, SpaceRecipe, Stage, SupernetRecipe
-from problems.search_spaces import Architecture, Genotype, SearchSpace, random_genotype
+from problems.search_spaces import PRIMITIVES, Architecture, Genotype, SearchSpace, random_genotype
 from problems.search_spaces.drawing import draw_alphas, draw_cell
 from problems.search_spaces.stopping import SkipLimit
 
@@ -181,18 +181,19 @@ def draw_genotype(folder: Path, genotype: Genotype) -> None:
 
 
 def _primitives(space: SearchSpace) -> tuple[str, ...]:
-    """All primitives of a space, whose edges may have different ones, in the order of their first appearance."""
-    return tuple(dict.fromkeys(name for names in (*space.normal, *space.reduce) for name in names))
+    """All primitives of a space, whose edges may have different ones, in the order of `PRIMITIVES`."""
+    present = {name for names in (*space.normal, *space.reduce) for name in names}
+    return tuple(name for name in PRIMITIVES if name in present)
 
 
 @torch.no_grad()
 def _probabilities(architecture: Architecture) -> dict[str, Any]:
-    """The scores of each cell as arrays of shape (edges, all primitives of the space), 0 where an edge lacks one."""
+    """The scores of each cell as arrays of shape (edges, all primitives of the space), NaN where an edge lacks one."""
     space, scores = architecture.space, architecture.scores()
     names = _primitives(space)
 
     def spread(matrix: torch.Tensor, primitives: Sequence[Sequence[str]]) -> Any:
-        full = matrix.new_zeros(len(primitives), len(names))
+        full = matrix.new_full((len(primitives), len(names)), float("nan"))
         for row, (edge, weights) in enumerate(zip(primitives, matrix, strict=True)):
             full[row, [names.index(name) for name in edge]] = weights
         return full.cpu().numpy()

@@ -146,7 +146,7 @@ def draw_alphas(
     Args:
         path: Where to write; the suffix (`.png`, `.svg` or `.pdf`) is the format.
         probabilities: For each cell, by name, its weights in [0, 1], of shape (edges, primitives); edges node by node,
-            and for each node one edge from every node before it.
+            and for each node one edge from every node before it. NaN where an edge has no such primitive.
         primitives: The names of the primitives.
         initial: The same before the search; if given, the changes since are written below the weights.
 
@@ -176,8 +176,8 @@ def alphas_figure(
     labels = {name: _edge_labels(name, weights.shape, len(primitives)) for name, weights in probabilities.items()}
     percent = {name: 100.0 * np.asarray(weights, dtype=float) for name, weights in probabilities.items()}
     # The scale spans the weights that there are, so that a search that has hardly moved shows what moved.
-    lowest = min(float(weights.min()) for weights in percent.values())
-    highest = max(float(weights.max()) for weights in percent.values())
+    lowest = min(float(np.nanmin(weights)) for weights in percent.values())
+    highest = max(float(np.nanmax(weights)) for weights in percent.values())
     scale = (lowest, max(highest, lowest + 0.1))
 
     note = "Weight of each primitive after the softmax, in percent; the largest of each edge in bold."
@@ -228,7 +228,9 @@ def _draw_heat_map(axes: Axes, weights: Weights, change: Weights | None, scale: 
     """Draw one cell's weights in percent, the largest of each edge in bold, with their changes below them."""
     num_edges, num_primitives = weights.shape
     lowest, highest = scale
-    mesh = axes.pcolormesh(weights.T, cmap="Blues", vmin=lowest, vmax=highest, edgecolors=PAPER, linewidth=1.5)
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(weights.T), cmap="Blues", vmin=lowest, vmax=highest, edgecolors=PAPER, linewidth=1.5
+    )
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -236,8 +238,10 @@ def _draw_heat_map(axes: Axes, weights: Weights, change: Weights | None, scale: 
     starts = [start for start in itertools.accumulate(range(2, num_edges)) if start < num_edges]
     axes.vlines(starts, 0, num_primitives, color=PAPER, lw=6.0)
     for (edge, primitive), weight in np.ndenumerate(weights):
+        if np.isnan(weight):
+            continue
         color = PAPER if weight > lowest + 0.55 * (highest - lowest) else INK
-        bold = "bold" if weight == weights[edge].max() else "normal"
+        bold = "bold" if weight == np.nanmax(weights[edge]) else "normal"
         x, y = edge + 0.5, primitive + 0.5
         if change is not None:
             points = f"{np.round(change[edge, primitive], 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")

@@ -146,3 +146,13 @@ def test_heat_maps_are_written(tmp_path):
 def test_weights_of_another_shape_are_refused(shape):
     with pytest.raises(MloError, match=r"'normal' to have shape .* Got \("):
         alphas_figure({"normal": np.ones(shape)}, PRIMITIVES)
+
+
+def test_a_primitive_that_an_edge_lacks_has_an_empty_tile(tmp_path):
+    weights = np.array([[0.4, np.nan, 0.6, np.nan], [np.nan, 0.3, 0.5, 0.2]])
+    figure = alphas_figure({"normal": weights}, PRIMITIVES, {"normal": weights})
+    texts = [text.get_text() for axes in figure.axes[1:2] for text in axes.texts]
+    assert [text for text in texts if "." in text and text[0] not in "+\N{MINUS SIGN}"] == [
+        "40.0", "60.0", "30.0", "50.0", "20.0",
+    ]  # fmt: skip
+    draw_alphas(tmp_path / "alphas.png", {"normal": weights}, PRIMITIVES)
