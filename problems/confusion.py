@@ -27,10 +27,10 @@ _FEW = 20
 # In inches.
 _TILE = 0.42
 _SIDE = 5.0
-_MARGIN = 0.2
+_MARGIN = 0.12
 _AXIS_ROOM = 0.35
 _TITLE_ROOM = 0.4
-_BAR_ROOM = 1.0
+_BAR_ROOM = 1.1
 
 
 def write_confusion(path: str | Path, matrix: Matrix, names: Sequence[str] | None = None) -> None:
@@ -103,10 +103,10 @@ def confusion_figure(matrix: Matrix, names: Sequence[str] | None = None) -> Figu
         axes.spines[:].set_color(FAINT)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
-    title = "Confusion matrix" if side < 3.0 else "Confusion matrix: percent of each true class"
-    axes.set_title(title, loc="left", pad=8.0, weight="bold")
+    axes.set_title("Confusion matrix", loc="left", pad=8.0, weight="bold")
     bar_axes = figure.add_axes(((left + side + 0.2) / width, below / height, 0.14 / width, side / height))
-    bar = figure.colorbar(image, cax=bar_axes, format="%g%%", ticks=[0, 1, 5, 10, 25, 50, 100])
+    ticks = [0, 10, 50, 100] if side < 2.5 else [0, 1, 5, 10, 25, 50, 100]
+    bar = figure.colorbar(image, cax=bar_axes, format="%g%%", ticks=ticks, label="part of the true class")
     bar.outline.set_visible(False)
     bar_axes.tick_params(length=3.0)
     return figure
