@@ -6,6 +6,7 @@ free. Everything else in the package (steps, sweeps, second-order products) is b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -289,15 +290,12 @@ class LossCall:
                 )
             if scale != 1.0:
                 grads = tuple(g / scale if g is not None else None for g in grads)
-            position, of = 0, {}
-            for name in wrt:
-                count = len(self.levels[name].variables.parameters)
-                of[name] = grads[position : position + count] if name in inputs else (None,) * count
-                position += count if name in inputs else 0
+            sizes = {name: len(inputs[name]) for name in wrt if name in inputs}
+            of = {name: (None,) * len(self.levels[name].variables.parameters) for name in wrt} | split(grads, sizes)
             loss = output.loss.detach()
             if self.backend.group is not None:
                 loss, of = self._average(loss, of)
-            yield Gradients(loss, output.metrics, of, grads[position:])
+            yield Gradients(loss, output.metrics, of, grads[sum(sizes.values()) :])
 
     def _is_in_place(self, *, create_graph: bool) -> bool:
         """Whether the loss reads a sharded level, which can only be evaluated in place.
@@ -332,12 +330,7 @@ class LossCall:
         gradients = [g for name in names for g in of[name]]
         found = average([loss, *gradients], [loss, *parameters], self.backend.group)
         assert found[0] is not None
-        result, position = dict(of), 1
-        for name in names:
-            count = len(of[name])
-            result[name] = found[position : position + count]
-            position += count
-        return found[0], result
+        return found[0], {**of, **split(found[1:], {name: len(of[name]) for name in names})}
 
     def gradients(self, values: Mapping[str, Tensors], wrt: Sequence[str], **options: Any) -> Gradients:
         """Return what `differentiated` gives."""
@@ -424,6 +417,12 @@ class Gradients:
 def dense(gradient: Gradient, like: Sequence[Tensor]) -> Tensors:
     """Replace every None by zeros of the parameter's shape."""
     return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(gradient, like, strict=True))
+
+
+def split(flat: Gradient, sizes: Mapping[str, int]) -> dict[str, Gradient]:
+    """Cut a list of gradients into those of each level, given how many each has; what is left over is left out."""
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
+    return {name: flat[end - sizes[name] : end] for name, end in ends.items()}
 
 
 def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:

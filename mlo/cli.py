@@ -1,4 +1,4 @@
-"""The command line: list, run, resume, graph, check, sweep, report.
+"""The command line: list, run, evaluate, resume, graph, check, sweep, report.
 
 A user's mistake ends with one message on standard error and exit status 2; an interrupted run with 128 + the signal's
 number; a check that finds a wrong hypergradient with 1.
@@ -165,7 +165,7 @@ def resume_command(folder: Path, quiet: bool) -> None:
         click.echo(f"{folder}: this run is finished; nothing to do.")
         _show(found.result(), folder)
         return
-    _execute(found)
+    _execute(found, _experiment(found.recipe))
 
 
 @main.command()
@@ -336,10 +336,10 @@ def _begin(
     recipe: str, overrides: tuple[str, ...], short: Mapping[str, object], output: Path | None, *, quiet: bool
 ) -> None:
     loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
-    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
-    _experiment(loaded).graph()  # a mistake that only this shows ends the command before anything is written
+    name, experiment = _name(recipe), _experiment(loaded)
+    experiment.graph()  # a mistake that only this shows ends the command before anything is written
     folder = output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    _execute(Run.begin(folder, loaded, name, progress=not quiet))
+    _execute(Run.begin(folder, loaded, name, progress=not quiet), experiment)
 
 
 def _load(recipe: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -355,9 +355,9 @@ def _experiment(recipe: Recipe) -> Experiment:
     return kind(recipe)
 
 
-def _execute(run: Run) -> None:
+def _execute(run: Run, experiment: Experiment) -> None:
     try:
-        result = run.execute(_experiment(run.recipe))
+        result = run.execute(experiment)
     except Interrupted as interruption:
         click.echo(f"\nStopped and saved. Go on with:\n\n    mlo resume {run.folder}", err=True)
         sys.exit(128 + interruption.signal_number)

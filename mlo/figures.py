@@ -7,6 +7,7 @@ matplotlib settings are. `mlo.drawing` and the pictures of the bundled problems 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ INK = "#1d2733"
 MUTED = "#66717e"
 FAINT = "#c9d0d8"
 PAPER = "#ffffff"
+
+_MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 # Of an arrow, in inches.
 _HEAD_LENGTH = 0.1
@@ -66,6 +69,11 @@ _METADATA: dict[str, dict[str, None]] = {
     ".svg": {"Date": None, "Creator": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
+
+
+def data_url(path: Path) -> str:
+    """Return a picture, `.png` or `.svg`, as a data URL: an image, in which nothing can run or clash with a page."""
+    return f"data:{_MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
 @house_style

@@ -253,8 +253,7 @@ class Graph:
                         f"Remove it, or leave the level unsharded."
                     )
         for problem in self.levels if sharded else ():
-            inside = any(problem.name in self.structure.inside[other.name] for other in self.levels)
-            if inside and problem.hypergradient.needs_second_derivatives:
+            if problem.name not in self.structure.tops and problem.hypergradient.needs_second_derivatives:
                 raise GraphError(
                     f"level {problem.name!r}: expected an estimator of first derivatives, as level "
                     f"{sharded[0].name!r} is sharded; found {problem.hypergradient!r}. Choose mlo.Penalty(), "

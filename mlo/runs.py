@@ -47,6 +47,9 @@ from mlo.version import __version__
 if sys.platform != "win32":  # which has no such locks
     import fcntl
 
+RESULT = "result.json"
+"""The file that a finished run has."""
+
 _KEPT_CHECKPOINTS = 2
 _DIGEST = "sha256 "
 
@@ -128,7 +131,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run has its result."""
-        return (self.folder / "result.json").exists()
+        return is_finished(self.folder)
 
     def execute(self, experiment: Experiment) -> dict[str, Any]:
         """Run or go on with the experiment, and write its result.
@@ -141,13 +144,13 @@ class Run:
         with self._alone(), self._stoppable():
             figures = dict(experiment.run(self))
         result = {**figures, "seed": self.recipe.seed, "recipe": self.name, "versions": versions()}
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / RESULT, result)
         experiment.report(self)
         return result
 
     def result(self) -> dict[str, Any]:
         """Return the result of a finished run."""
-        return dict(json.loads((self.folder / "result.json").read_text(encoding="utf-8")))
+        return dict(json.loads((self.folder / RESULT).read_text(encoding="utf-8")))
 
     def train(
         self, phase: str, graph: Graph, rounds: int, *, until: Callable[[], bool] | None = None, **options: Any
@@ -323,6 +326,11 @@ def resume(folder: str | os.PathLike[str], load: Any, *, progress: bool = True) 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the run in a folder has its result."""
+    return (folder / RESULT).is_file()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mlo.errors import CheckpointError, GraphError
 from mlo.levels import Tensors, Variables
+from mlo.trees import map_tensors
 
 Group = Any
 """A `torch.distributed.ProcessGroup`."""
@@ -120,7 +121,7 @@ def check_shards(name: str, module: nn.Module) -> None:
         part.reshard()
     for key, p in module.named_parameters():
         distributed = type(p).__module__.startswith("torch.distributed")
-        fully = distributed and hasattr(p, "device_mesh") and p.device_mesh.ndim == 1
+        fully = _is_distributed(p) and _mesh(p).ndim == 1
         if (distributed or (parts and p.requires_grad)) and not (parts and fully):
             raise GraphError(
                 f"level {name!r}: expected parameters that are whole, or all of them sharded by fully_shard over a "
@@ -131,21 +132,22 @@ def check_shards(name: str, module: nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that is here: a shard of a `DTensor`, anything else itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    part: Any = tensor
+    return part.to_local() if _is_distributed(tensor) else tensor
 
 
 def whole(tree: Any) -> Any:
-    """Replace all `DTensor`s in nested dictionaries and lists by whole tensors; all processes call it together."""
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [whole(value) for value in tree]
-    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+    """Replace all `DTensor`s in a tree by whole tensors; all processes call it together."""
+
+    def full(tensor: Any) -> Any:
+        return tensor.full_tensor() if _is_distributed(tensor) else tensor
+
+    return map_tensors(tree, full)
 
 
 def distributed_like(tensor: Any, like: Any) -> Any:
     """Distribute a whole tensor as another one is, if that is a `DTensor`; all processes call it together."""
-    if not hasattr(like, "device_mesh") or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
+    if not _is_distributed(like) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
@@ -205,6 +207,11 @@ def by_first(action: Callable[[], None], group: Group) -> None:
 def _fsdp_modules(module: nn.Module) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where it has not been imported, nothing is sharded
     return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+
+
+def _is_distributed(value: Any) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")  # likewise
+    return distributed is not None and isinstance(value, distributed.DTensor)
 
 
 def _mesh(tensor: Any) -> Any:

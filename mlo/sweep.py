@@ -23,7 +23,18 @@ from typing import Protocol
 
 import torch
 
-from mlo.autodiff import Call, Gradient, Gradients, accumulate, add, alias, check_twice_differentiable, dense, norm
+from mlo.autodiff import (
+    Call,
+    Gradient,
+    Gradients,
+    accumulate,
+    add,
+    alias,
+    check_twice_differentiable,
+    dense,
+    norm,
+    split,
+)
 from mlo.calls import Calls
 from mlo.errors import MloError
 from mlo.levels import Tensors
@@ -408,11 +419,8 @@ class Step:
                 for name in {kept.level for kept in self._kept.calls}:
                     stack.enter_context(self.call.levels[name].buffers.held())
                 own = add(own, self._kept.pull_back(grads[count:], flat))
-        result, position = {}, 0
-        for q, tensors in inputs.items():
-            result[q] = dense(own[position : position + len(tensors)], tensors)
-            position += len(tensors)
-        return result
+        parts = split(own, {q: len(tensors) for q, tensors in inputs.items()})
+        return {q: dense(parts[q], tensors) for q, tensors in inputs.items()}
 
 
 @dataclass

@@ -56,7 +56,7 @@ class DARTSExperiment(SearchExperiment):
                     architecture,
                     search.architecture_loss,
                     validation,
-                    total_steps=max(1, upper_steps - levels.architecture.warmup_rounds * levels.architecture.steps),
+                    total_steps=upper_steps,
                 ),
             ],
             edges=search.edges,

@@ -6,7 +6,7 @@ Source: DARTS (Liu et al. 2019), section 3.2, appendix A.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
@@ -17,6 +17,7 @@ from mlo.recipes import LevelRecipe, RecipePart
 from problems.data import Splits, loader
 from problems.lbt import accuracy
 from problems.search_spaces import EvaluationNetwork, Genotype
+from problems.search_spaces.stems import Stem
 
 
 class EvaluationRecipe(RecipePart):
@@ -39,7 +40,7 @@ class EvaluationRecipe(RecipePart):
     num_cells: PositiveInt
     epochs: PositiveInt
     batch_size: PositiveInt
-    stem: Literal["cifar", "imagenet"] = "cifar"
+    stem: Stem = "cifar"
     auxiliary_weight: NonNegativeFloat = 0.4
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -7,6 +7,7 @@ the learning curves, and the trained network (`network/`, see `problems.search_s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 from pydantic import PositiveInt, field_validator
@@ -56,12 +57,16 @@ class EvaluationExperiment(Experiment):
 
     def graph(self) -> mlo.Graph:
         """Build the network, freshly initialized from the recipe's seed."""
-        return self._build(self.recipe.data.build(self.recipe.seed))[0]
+        return self._build(self.data)[0]
+
+    @cached_property
+    def data(self) -> Splits:
+        """The images, read once: a recipe is checked by building its graph before it is run."""
+        return self.recipe.data.build(self.recipe.seed)
 
     def run(self, run: Run) -> Mapping[str, Any]:
         """Train, test, draw and export."""
-        recipe, folder = self.recipe, run.folder
-        data = recipe.data.build(recipe.seed)
+        recipe, folder, data = self.recipe, run.folder, self.data
         genotype = _genotype(recipe.genotype)
         write_json(folder / "genotype.json", genotype.to_json())
         draw_genotype(folder, genotype)

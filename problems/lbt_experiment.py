@@ -82,7 +82,7 @@ class LBTExperiment(SearchExperiment):
                     architecture,
                     lbt.architecture_loss,
                     Together(validation, validation),
-                    total_steps=max(1, upper_steps - levels.architecture.warmup_rounds * levels.architecture.steps),
+                    total_steps=upper_steps,
                 ),
             ],
             edges=lbt.edges,

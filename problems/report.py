@@ -7,7 +7,6 @@ has drawn the curves.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mlo.errors import MloError
-from mlo.figures import FAINT, PAPER, house_style, save_figure, text_width
+from mlo.figures import FAINT, PAPER, data_url, house_style, save_figure, text_width
 from mlo.files import write_text
 from problems.search_spaces.genotypes import Genotype
 
@@ -35,7 +34,6 @@ SOME_PICTURES = ("alphas.png", "graph.svg", "confusion.svg")
 """Those of some: of a search the first two, of an evaluation the last."""
 
 _TEXTS = ("recipe.yaml", "result.json", "genotype.json", "metrics.jsonl")
-_MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 _NUMBERS = ("test_error", "num_parameters", "evaluation_seconds")
 _SOME_NUMBERS = ("random_cell_test_error", "test_error_top5", "multiply_adds", "alpha_change", "search_seconds")
 _RESULTS = (*_NUMBERS, "seed", "recipe", "versions")
@@ -179,7 +177,9 @@ def write_report(folder: str | Path) -> Path:
         result=result,
         others={key: value for key, value in result.items() if key not in (*_RESULTS, *_SOME_NUMBERS)},
         pictures={
-            Path(name).stem: _embed(folder / name) for name in (*PICTURES, *SOME_PICTURES) if (folder / name).is_file()
+            Path(name).stem: data_url(folder / name)
+            for name in (*PICTURES, *SOME_PICTURES)
+            if (folder / name).is_file()
         },
         cells=[
             ("normal", list(zip(checked.normal[::2], checked.normal[1::2], strict=True)), checked.normal_concat),
@@ -208,11 +208,6 @@ def _parse(text: str, where: str, keys: Iterable[str]) -> dict[str, Any]:
     if absent:
         raise MloError(f"{where}: expected an object with the keys {', '.join(keys)}. Missing: {', '.join(absent)}.")
     return dict(data)
-
-
-def _embed(path: Path) -> str:
-    """A picture as a data URL: an image, so that nothing in it can run or clash with the page."""
-    return f"data:{_MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
 def _last_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

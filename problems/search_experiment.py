@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,13 @@ class SearchExperiment(Experiment):
 
     def graph(self) -> mlo.Graph:
         """Build the levels of the first stage, freshly initialized from the recipe's seed."""
-        return self._stage_graph(0, self.recipe.space.stage(0, None), self.recipe.data.build(self.recipe.seed))
+        return self._stage_graph(0, self.recipe.space.stage(0, None), self.data)
+
+    @cached_property
+    def data(self) -> Splits:
+        """The images, read once: a recipe is checked by building its graph before it is run."""
+        splits: Splits = self.recipe.data.build(self.recipe.seed)
+        return splits
 
     @abc.abstractmethod
     def declare(self, stage: Stage, data: Splits) -> mlo.Graph:
@@ -75,8 +82,7 @@ class SearchExperiment(Experiment):
 
     def run(self, run: Run) -> Mapping[str, Any]:
         """Search, evaluate, and write the pictures."""
-        recipe, folder = self.recipe, run.folder
-        data = recipe.data.build(recipe.seed)
+        recipe, folder, data = self.recipe, run.folder, self.data
         phases: list[str] = []
         architecture: Architecture | None = None
         for index in range(recipe.space.num_stages):

@@ -18,6 +18,7 @@ from problems.search_spaces import DARTS_PRIMITIVES, RELAXATIONS, Architecture, 
 from problems.search_spaces.cells import MixedOperation
 from problems.search_spaces.p_darts import SkipDropout, prune
 from problems.search_spaces.pc_darts import PartialOperation
+from problems.search_spaces.stems import Stem
 from problems.students import StudentResNet
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class SupernetRecipe(RecipePart):
 
     channels: PositiveInt
     num_cells: PositiveInt
-    stem: Literal["cifar", "imagenet"] = "cifar"
+    stem: Stem = "cifar"
 
 
 class StudentRecipe(RecipePart):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -125,3 +127,15 @@ def assert_resumes(make, folder, *, rounds: int = 4, at: int = 2) -> None:
     second.load(folder / "checkpoint")
     second.run(rounds - at, progress=False)
     assert_same_state(state_of(whole), state_of(second))
+
+
+def signal_at_call(module: nn.Module, number: int, what: signal.Signals) -> None:
+    """Send this process a signal as soon as a module has been called so often."""
+    calls: list[int] = []
+
+    def count(module, args, output):
+        calls.append(1)
+        if len(calls) == number:
+            signal.raise_signal(what)
+
+    module.register_forward_hook(count)

@@ -17,7 +17,7 @@ from typing import Any
 from mlo.campaign.parsing import Varied
 from mlo.errors import MloError, RecipeError
 from mlo.recipes import Recipe, dump_recipe
-from mlo.recipes.overrides import parse_override
+from mlo.recipes.overrides import parse_override, shortest
 
 Load = Callable[[str, tuple[str, ...]], Recipe]
 _LONGEST = 60
@@ -123,8 +123,7 @@ def _folder(key: str, text: str, recipe: Recipe) -> str:
         value = value[part]
     if isinstance(value, dict):
         value = override.value  # shorter: the checked one has all defaults
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        value = int(value)
+    value = shortest(value)
     plain = value if isinstance(value, str) else json.dumps(value, sort_keys=True, separators=(",", ":"))
     legal = re.sub(r"[^\w.+,=\[\]{}-]", "_", plain)
     if legal != plain or len(legal) > _LONGEST or not legal:

@@ -17,7 +17,7 @@ from types import FrameType
 
 from mlo.campaign.outcomes import Outcome, Status
 from mlo.campaign.worker import Worker
-from mlo.runs import Interrupted
+from mlo.runs import Interrupted, is_finished
 
 _INTERVAL = 0.1  # seconds between two looks at the processes
 
@@ -59,7 +59,7 @@ def run_here(
     """
     found: dict[str, Outcome] = {}
     for name, folder in folders.items():
-        if (folder / "result.json").is_file():
+        if is_finished(folder):
             found[name] = Outcome(name, Status.SKIPPED)
     waiting = [name for name in folders if name not in found]
     at_work: dict[str, Worker] = {}

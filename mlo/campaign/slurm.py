@@ -19,6 +19,7 @@ from mlo.campaign.worker import Worker
 from mlo.errors import MloError
 from mlo.files import write_text
 from mlo.recipes.strict_yaml import parse_yaml
+from mlo.runs import is_finished
 
 if TYPE_CHECKING:
     import submitit
@@ -141,7 +142,7 @@ def submit(folders: Mapping[str, Path], folder: Path, cluster: Cluster, *, retri
     submitted: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     found: dict[str, Outcome] = {}
     for name, run in folders.items():
-        if (run / "result.json").is_file():
+        if is_finished(run):
             found[name] = Outcome(name, Status.SKIPPED)
         elif name in submitted:
             job = _earlier_job(cluster, executor, submitted[name])

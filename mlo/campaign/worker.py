@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlo.runs import is_finished
+
 LOG = "log.txt"
 _STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -88,7 +90,7 @@ class Worker:
     @property
     def succeeded(self) -> bool:
         """Whether the run has its result, and the last process ended well."""
-        return self._code == 0 and (self.folder / "result.json").is_file()
+        return self._code == 0 and is_finished(self.folder)
 
     @property
     def stopped(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from mlo.comparison.found import FoundRun, is_number
 from mlo.errors import MloError
 from mlo.recipes.messages import did_you_mean
+from mlo.recipes.overrides import shortest
 
 INCIDENTAL = ("seed", "description", "device", "threads", "checkpoint_every")
 """Settings that do not tell groups apart: they change nothing about what a run is meant to compute."""
@@ -86,9 +87,7 @@ def group_runs(runs: Sequence[FoundRun], group_by: Sequence[str] = ()) -> list[G
 
 def show_value(value: Any) -> str:
     """A setting's value as it would be written behind `--set KEY=`."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(shortest(value))
 
 
 def _group(recipe: str, keys: Sequence[str], runs: Sequence[FoundRun]) -> Group:

@@ -5,7 +5,6 @@ Called by `mlo.cli`.
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from mlo.comparison.found import FoundRun
 from mlo.comparison.groups import group_runs
 from mlo.comparison.references import Reference
 from mlo.comparison.tables import Table, make_table, to_csv, to_latex, to_markdown
-from mlo.figures import save_figure
+from mlo.figures import data_url, save_figure
 from mlo.files import write_text
 from mlo.version import __version__
 
@@ -73,10 +72,5 @@ def write_comparison(
 def _page(table: Table, pictures: Sequence[tuple[Curve, Path]]) -> str:
     environment = Environment(loader=PackageLoader("mlo"), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("comparison.html.j2").render(
-        table=table, pictures=[(curve, _embed(path)) for curve, path in pictures], version=__version__
+        table=table, pictures=[(curve, data_url(path)) for curve, path in pictures], version=__version__
     )
-
-
-def _embed(path: Path) -> str:
-    """An SVG file as a data URL: an image, so that nothing in it can run or clash with the page."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

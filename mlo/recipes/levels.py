@@ -129,13 +129,14 @@ class LevelRecipe(RecipePart):
             module: whose parameters are its variables.
             loss: `loss(levels, batch)`.
             data: its batches.
-            total_steps: the optimizer steps that the scheduler is to span.
+            total_steps: the optimizer steps that the scheduler is to span, those of the warm-up rounds included.
             steps_per_epoch: optimizer steps in a pass over the data; None where the problem counts no epochs.
 
         Raises:
             RecipeError: the schedule counts epochs and the problem does not, or its warm-up is too long.
         """
         optimizer = self.optimizer.build(p for p in module.parameters() if p.requires_grad)
+        taken = max(1, total_steps - self.warmup_rounds * self.steps)
         return Problem(
             name,
             module,
@@ -144,7 +145,7 @@ class LevelRecipe(RecipePart):
             data,
             hypergradient=self.hypergradient.build(),
             steps=self.steps,
-            scheduler=self.scheduler.build(optimizer, Span(total_steps, steps_per_epoch)),
+            scheduler=self.scheduler.build(optimizer, Span(taken, steps_per_epoch)),
             clip_norm=self.clip_norm,
             micro_batches=self.micro_batches,
             warmup_rounds=self.warmup_rounds,

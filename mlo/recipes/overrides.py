@@ -85,3 +85,9 @@ def _apply(recipe: dict[str, Any], override: Override) -> None:
                 f"--set {override.text}: {place} is {show(here)}, which has no keys; set all of it by --set {place}=..."
             )
     here[last] = copy.deepcopy(override.value) if override.scope == override.path else {"kind": override.value}
+
+
+def shortest(value: Any) -> Any:
+    """Return a value as it is written shortest: a number that is whole as an integer, 2 for 2.0."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return int(value) if whole else value

@@ -6,16 +6,14 @@ Source: DARTS (Liu et al. 2019), sections 3.2, 3.3, appendix A and its published
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from problems.search_spaces.cells import EvaluationCell, cell_shapes
 from problems.search_spaces.genotypes import Genotype
-from problems.search_spaces.stems import CIFARStem, ImageNetStem
-
-Stem: TypeAlias = Literal["cifar", "imagenet"]
+from problems.search_spaces.stems import Stem, build_stem
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,8 @@ class EvaluationNetwork(nn.Module):
         stem: Stem = "cifar",
     ) -> None:
         super().__init__()
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"unknown stem {stem!r}: expected 'cifar' or 'imagenet'")
         self.shape = NetworkShape(genotype, num_classes, channels, num_cells, in_channels, stem)
-        self.stem = CIFARStem(in_channels, channels) if stem == "cifar" else ImageNetStem(in_channels, channels)
+        self.stem = build_stem(stem, in_channels, channels, channels)
         shapes, out_channels = cell_shapes(
             self.stem.out_channels,
             channels,

@@ -20,6 +20,7 @@ from mlo.errors import MloError
 from mlo.files import replacing, write_text
 from problems.search_spaces.evaluation import EvaluationNetwork
 from problems.search_spaces.genotypes import Genotype
+from problems.search_spaces.stems import Stem
 
 DESCRIPTION = "network.json"
 WEIGHTS = "network.safetensors"
@@ -37,7 +38,7 @@ class _Description(BaseModel):
     channels: PositiveInt
     num_cells: PositiveInt
     in_channels: PositiveInt
-    stem: Literal["cifar", "imagenet"]
+    stem: Stem
     weights_sha256: str
 
 

@@ -8,7 +8,11 @@ Source: DARTS (Liu et al. 2019), appendix A and its published code.
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 from torch import Tensor, nn
+
+Stem: TypeAlias = Literal["cifar", "imagenet"]
 
 STEM_MULTIPLIER = 3
 """The CIFAR stem has three times the channels of the first cells."""
@@ -72,3 +76,20 @@ class ImageNetStem(nn.Module):
         """Map (batch, in_channels, h, w) to (batch, channels, h / 4, w / 4) and (batch, channels, h / 8, w / 8)."""
         fourth = self.stem0(x)
         return fourth, self.stem1(fourth)
+
+
+def build_stem(kind: Stem, in_channels: int, channels: int, imagenet_channels: int) -> CIFARStem | ImageNetStem:
+    """Build a stem.
+
+    Args:
+        kind: `"cifar"` keeps the resolution, `"imagenet"` divides it by 8.
+        in_channels: Channels of the images.
+        channels: Channels of the nodes of the first cells.
+        imagenet_channels: Channels of the stem for large images.
+
+    Raises:
+        ValueError: The kind is unknown.
+    """
+    if kind not in get_args(Stem):
+        raise ValueError(f"unknown stem {kind!r}: expected {' or '.join(map(repr, get_args(Stem)))}")
+    return CIFARStem(in_channels, channels) if kind == "cifar" else ImageNetStem(in_channels, imagenet_channels)

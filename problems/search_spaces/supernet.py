@@ -1,7 +1,7 @@
 """The supernet and the architecture that relaxes it: two modules, so that they can be two levels of a problem.
 
 `Architecture` owns alpha and turns it into the weights of the primitives; `Supernet` owns the weights of the operations
-and takes those of the primitives as an input. A loss calls `supernet(x, architecture())`.
+and takes those of the primitives as an input. A loss calls `supernet(x, architecture(progress))`.
 
 Source: DARTS (Liu et al. 2019), sections 2.1, 2.2 and its published code.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from problems.search_spaces.cells import (
 from problems.search_spaces.darts import DARTS, CellWeights, SearchSpace, check_weights, discretize
 from problems.search_spaces.genotypes import Genotype
 from problems.search_spaces.relaxations import SOFTMAX, Relaxation
-from problems.search_spaces.stems import STEM_MULTIPLIER, CIFARStem, ImageNetStem
+from problems.search_spaces.stems import STEM_MULTIPLIER, Stem, build_stem
 
 
 class Architecture(nn.Module):
@@ -144,18 +143,12 @@ class Supernet(nn.Module):
         space: SearchSpace = DARTS,
         operation: Callable[..., nn.Module] = MixedOperation,
         auxiliary_skip: bool = False,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Stem = "cifar",
     ) -> None:
         super().__init__()
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"unknown stem {stem!r}: expected 'cifar' or 'imagenet'")
         self.space = space
         self.auxiliary_skip = auxiliary_skip
-        self.stem = (
-            CIFARStem(in_channels, channels)
-            if stem == "cifar"
-            else ImageNetStem(in_channels, STEM_MULTIPLIER * channels)
-        )
+        self.stem = build_stem(stem, in_channels, channels, STEM_MULTIPLIER * channels)
         build_edge: EdgeOperation = partial(operation, auxiliary_skip=auxiliary_skip)
         shapes, out_channels = cell_shapes(
             self.stem.out_channels,

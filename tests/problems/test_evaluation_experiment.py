@@ -13,6 +13,7 @@ from mlo.recipes import installed_problems, load_recipe
 from mlo.runs import Interrupted, Run, resume
 from problems.evaluation_experiment import EvaluationExperiment
 from problems.search_spaces import PUBLISHED, load_network
+from tests.toys import signal_at_call
 
 SCHEMAS = {name: kind.recipe_type for name, kind in installed_problems().items()}
 SMALL = ("evaluation.channels=4", "evaluation.epochs=1", "evaluation.auxiliary_weight=0.4", "checkpoint_every=7")
@@ -73,14 +74,7 @@ def test_an_interrupted_training_goes_on_exactly(folder, tmp_path):
     class Interrupting(EvaluationExperiment):
         def _build(self, data):
             graph, rounds = super()._build(data)
-            calls = []
-
-            def count(module, args, output):
-                calls.append(1)
-                if len(calls) == 12:
-                    signal.raise_signal(signal.SIGTERM)
-
-            graph["network"].module.register_forward_hook(count)
+            signal_at_call(graph["network"].module, 12, signal.SIGTERM)
             return graph, rounds
 
     begun = Run.begin(tmp_path / "run", recipe, "evaluate/digits", progress=False)

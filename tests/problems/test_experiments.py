@@ -6,13 +6,17 @@ import signal
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import mlo
+from mlo.cli import main
 from mlo.recipes import installed_problems, load_recipe
 from mlo.runs import Interrupted, Run, resume
 from problems.darts_experiment import DARTSExperiment
+from problems.data import DigitsRecipe
 from problems.search_experiment import SearchExperiment
 from problems.search_spaces import DARTS_PRIMITIVES
+from tests.toys import signal_at_call
 
 SCHEMAS = {name: kind.recipe_type for name, kind in installed_problems().items()}
 SMALL = ("supernet.channels=2", "evaluation.channels=4", "evaluation.epochs=1", "rounds=3", "checkpoint_every=2")
@@ -41,14 +45,7 @@ class Interrupting(DARTSExperiment):
     def declare(self, stage, data):
         graph = super().declare(stage, data)
         if len(stage.space.normal[0]) == 5:
-            calls = []
-
-            def count(module, args, output):
-                calls.append(1)
-                if len(calls) == 5:
-                    signal.raise_signal(signal.SIGINT)
-
-            graph["network"].module.register_forward_hook(count)
+            signal_at_call(graph["network"].module, 5, signal.SIGINT)
         return graph
 
 
@@ -117,3 +114,12 @@ def test_any_relaxation_with_any_space(recipe, relaxation):
 def test_mistakes_in_a_recipe_are_named(override, message):
     with pytest.raises(mlo.RecipeError, match=message):
         load("darts/digits-p-darts", override)
+
+
+def test_data_are_read_once_though_the_graph_is_built_before_the_run(tmp_path, monkeypatch):
+    built, build = [], DigitsRecipe.build
+    monkeypatch.setattr(DigitsRecipe, "build", lambda self, seed: built.append(seed) or build(self, seed))
+    flags = [flag for setting in (*SMALL, "rounds=1", "random_cell=false") for flag in ("--set", setting)]
+    done = CliRunner().invoke(main, ["run", "darts/digits-first", *flags, "--quiet", "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert built == [0]
