@@ -81,10 +81,8 @@ class EvaluationExperiment(Experiment):
         write_confusion(folder / "confusion.csv", confusion, data.class_names)
         for suffix in ("svg", "png"):
             draw_confusion(folder / f"confusion.{suffix}", confusion, data.class_names)
-        top_five = {"test_error_top5": predictions.error(5)} if data.num_classes > 5 else {}
         return {
-            "test_error": predictions.error(),
-            **top_five,
+            **predictions.errors(),
             "num_parameters": num_parameters(network),
             "multiply_adds": multiply_adds(network, data.in_channels, data.image_size),
             "evaluation_seconds": run.seconds("evaluation"),

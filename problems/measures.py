@@ -51,6 +51,11 @@ class Predictions:
         missed = (self.ranked[:, :top] != self.labels[:, None]).all(dim=1)
         return 100.0 * int(missed.sum()) / len(missed)
 
+    def errors(self) -> dict[str, float]:
+        """Return the errors that a run reports, in percent: of one guess, and of five where there are more classes."""
+        errors = {"test_error": self.error()}
+        return errors | {"test_error_top5": self.error(5)} if self.num_classes > 5 else errors
+
     def confusion(self) -> Sequence[Sequence[int]]:
         """Return how many images of each true class (a row) were given each class (a column), of all classes."""
         counts = confusion_matrix(self.labels, self.ranked[:, 0], labels=range(self.num_classes))

@@ -35,7 +35,14 @@ SOME_PICTURES = ("alphas.png", "graph.svg", "confusion.svg")
 
 _TEXTS = ("recipe.yaml", "result.json", "genotype.json", "metrics.jsonl")
 _NUMBERS = ("test_error", "num_parameters", "evaluation_seconds")
-_SOME_NUMBERS = ("random_cell_test_error", "test_error_top5", "multiply_adds", "alpha_change", "search_seconds")
+_SOME_NUMBERS = (
+    "random_cell_test_error",
+    "test_error_top5",
+    "random_cell_test_error_top5",
+    "multiply_adds",
+    "alpha_change",
+    "search_seconds",
+)
 _RESULTS = (*_NUMBERS, "seed", "recipe", "versions")
 _KINDS = ("loss", "accuracy")
 _COLORS = ("#1668b0", "#c9480a", "#157a5a", "#7b4aa8", "#a97a10", "#b02a5b", "#4a5560")

@@ -145,10 +145,10 @@ class SearchExperiment(Experiment):
             drawn = random_genotype(generator, self.recipe.space.space())
             networks["random_cell_"] = self._evaluate(run, "random_cell", drawn, data)
         test = data.plain(data.test)
-        errors = {
-            f"{prefix}test_error": predict(network, test, num_workers=data.num_workers).error()
-            for prefix, network in networks.items()
-        }
+        errors: dict[str, float] = {}
+        for prefix, network in networks.items():
+            predictions = predict(network, test, num_workers=data.num_workers)
+            errors |= {f"{prefix}{name}": error for name, error in predictions.errors().items()}
         return {
             **errors,
             "num_parameters": num_parameters(networks[""]),

@@ -49,6 +49,8 @@ def test_run_writes_a_folder_worth_looking_at(finished):
     result = json.loads((folder / "result.json").read_text())
     assert 0 <= result["test_error"] <= 100
     assert 0 <= result["random_cell_test_error"] <= 100
+    for prefix in ("", "random_cell_"):
+        assert 0 <= result[f"{prefix}test_error_top5"] <= result[f"{prefix}test_error"]
     assert result["alpha_change"] > 0
     assert result["num_parameters"] > 0
     assert result["seed"] == 4

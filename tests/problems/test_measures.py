@@ -35,6 +35,13 @@ def test_errors_and_confusion():
         predictions.error(4)
 
 
+def test_five_guesses_are_reported_where_there_are_more_classes():
+    ranked = torch.tensor([[0, 1, 2, 3, 4], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]])
+    labels = torch.tensor([0, 1, 0])
+    assert Predictions(ranked, labels, 6).errors() == {"test_error": 200 / 3, "test_error_top5": 100 / 3}
+    assert Predictions(ranked[:1], labels[:1], 5).errors() == {"test_error": 0.0}
+
+
 class Constant(nn.Module):
     """Finds the class that the first pixel says, in evaluation mode."""
 
