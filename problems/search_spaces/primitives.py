@@ -54,19 +54,23 @@ class FactorizedReduce(nn.Module):
                 f"FactorizedReduce splits its output in two: expected out_channels >= 2, got {out_channels}"
             )
         half = out_channels // 2
-        self.even = nn.Conv2d(in_channels, half, 1, stride=2, bias=False)
-        self.odd = nn.Conv2d(in_channels, out_channels - half, 1, stride=2, bias=False)
+        self.even = nn.Conv2d(in_channels, half, 1, bias=False)
+        self.odd = nn.Conv2d(in_channels, out_channels - half, 1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels, affine=affine)
+
+    @staticmethod
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pixels of even rows and columns, and those of odd ones, of (ceil(h / 2), ceil(w / 2)) both.
+
+        An odd side has one even pixel more than odd ones: a border of zeros makes up for it.
+        """
+        odd, height, width = x[:, :, 1::2, 1::2], x.shape[2] % 2, x.shape[3] % 2
+        return x[:, :, ::2, ::2], functional.pad(odd, (0, width, 0, height)) if height or width else odd
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in_channels, h, w) to (batch, out_channels, ceil(h / 2), ceil(w / 2))."""
-        x = functional.relu(x)
-        shifted = x[:, :, 1:, 1:]
-        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
-        if odd_height or odd_width:
-            # An odd side has one even pixel more than odd ones: a border of zeros makes up for it.
-            shifted = functional.pad(shifted, (0, odd_width, 0, odd_height))
-        halved: Tensor = self.norm(torch.cat((self.even(x), self.odd(shifted)), dim=1))
+        even, odd = self.halves(functional.relu(x))
+        halved: Tensor = self.norm(torch.cat((self.even(even), self.odd(odd)), dim=1))
         return halved
 
 

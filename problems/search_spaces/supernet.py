@@ -23,6 +23,7 @@ from problems.search_spaces.cells import (
     incoming_edges,
 )
 from problems.search_spaces.darts import DARTS, CellWeights, SearchSpace, check_weights, discretize
+from problems.search_spaces.fused import FusedCell
 from problems.search_spaces.genotypes import Genotype
 from problems.search_spaces.relaxations import SOFTMAX, Relaxation
 from problems.search_spaces.stems import STEM_MULTIPLIER, Stem, build_stem
@@ -120,6 +121,7 @@ class Supernet(nn.Module):
         in_channels: Channels of the images.
         space: The search space.
         operation: Builds an edge; `MixedOperation`, or for partial channels `pc_darts.PartialOperation`.
+        cell: Builds a cell; `FusedCell`, or `SearchCell`, which computes the same edge by edge, and more slowly.
         auxiliary_skip: Whether every edge has a skip-connection beside its primitives; needed by a relaxation that
             weights it.
         stem: `"cifar"` keeps the resolution, `"imagenet"` divides it by 8; it has three times `channels`.
@@ -142,6 +144,7 @@ class Supernet(nn.Module):
         *,
         space: SearchSpace = DARTS,
         operation: Callable[..., nn.Module] = MixedOperation,
+        cell: Callable[..., SearchCell] = FusedCell,
         auxiliary_skip: bool = False,
         stem: Stem = "cifar",
     ) -> None:
@@ -160,7 +163,7 @@ class Supernet(nn.Module):
         )
         self.reductions = [shape.is_reduction for shape in shapes]
         self.cells = nn.ModuleList(
-            SearchCell(shape, space.reduce if shape.is_reduction else space.normal, build_edge) for shape in shapes
+            cell(shape, space.reduce if shape.is_reduction else space.normal, build_edge) for shape in shapes
         )
         self.classifier = nn.Linear(out_channels, num_classes)
 

@@ -1,0 +1,131 @@
+"""Depthwise convolutions that can be differentiated any number of times at the cost of as many convolutions.
+
+A depthwise convolution is bilinear in the images x and the kernels w, and so are its two pullbacks. With the cotangent
+g of its output, the three
+
+    y = convolve(x, w)        x^ = transpose(g, w)        w^ = correlate(x, g)
+
+are each other's derivatives: <g, convolve(x, w)> = <transpose(g, w), x> = <correlate(x, g), w>. PyTorch's own double
+backward goes through the channels of a depthwise convolution one at a time instead.
+
+Called by the fused cell of a supernet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Shape = tuple[int, ...]
+How = tuple[int, int]
+"""Stride and dilation."""
+
+
+def depthwise(x: Tensor, kernels: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    """Convolve each channel with a kernel of its own, padded so that stride 1 keeps the size.
+
+    Args:
+        x: (batch, channels, height, width).
+        kernels: (channels, 1, k, k), k odd.
+        stride: At least 1; a side of n pixels is mapped to ceil(n / stride).
+        dilation: At least 1.
+
+    Returns:
+        (batch, channels, ceil(height / stride), ceil(width / stride)).
+    """
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # it does not reach what is below
+        lower = torch.get_autocast_dtype(kind)
+        x, kernels = x.to(lower), kernels.to(lower)
+    return _apply(_Convolve, x, kernels, (stride, dilation))
+
+
+class _Convolve(torch.autograd.Function):
+    """y(x, w)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, how: How) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.how = how
+        (stride, dilation), padding = how, _padding(w.shape, how)
+        return functional.conv2d(x, w, stride=stride, padding=padding, dilation=dilation, groups=len(w))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if not torch.is_grad_enabled():  # nobody will differentiate it: one call does
+            return *_pullback(g, x, w, ctx.how, wanted), None
+        return (
+            _apply(_Transpose, g, w, x.shape, ctx.how) if ctx.needs_input_grad[0] else None,
+            _apply(_Correlate, x, g, w.shape, ctx.how) if ctx.needs_input_grad[1] else None,
+            None,
+        )
+
+
+class _Transpose(torch.autograd.Function):
+    """x^(g, w)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, w: Tensor, shape: Shape, how: How) -> Tensor:
+        ctx.save_for_backward(g, w)
+        ctx.how = how
+        return _pullback(g, _placeholder(g, shape), w, how, (True, False))[0]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        g, w = ctx.saved_tensors
+        return (
+            _apply(_Convolve, v, w, ctx.how) if ctx.needs_input_grad[0] else None,
+            _apply(_Correlate, v, g, w.shape, ctx.how) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+class _Correlate(torch.autograd.Function):
+    """w^(x, g)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, shape: Shape, how: How) -> Tensor:
+        ctx.save_for_backward(x, g)
+        ctx.how = how
+        return _pullback(g, x, _placeholder(x, shape), how, (False, True))[1]
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Any:
+        x, g = ctx.saved_tensors
+        return (
+            _apply(_Transpose, g, u, x.shape, ctx.how) if ctx.needs_input_grad[0] else None,
+            _apply(_Convolve, x, u, ctx.how) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def _apply(function: Any, *args: Any) -> Tensor:
+    found: Tensor = function.apply(*args)
+    return found
+
+
+def _pullback(g: Tensor, x: Tensor, w: Tensor, how: How, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    """PyTorch's pullback; of what is not wanted it asks the shape only."""
+    (stride, dilation), padding = how, _padding(w.shape, how)
+    found = torch.ops.aten.convolution_backward(
+        g, x, w, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], len(w), [*wanted, False]
+    )
+    return found[0], found[1]
+
+
+def _padding(shape: Shape, how: How) -> int:
+    return how[1] * (shape[-1] - 1) // 2
+
+
+def _placeholder(like: Tensor, shape: Shape) -> Tensor:
+    """A tensor of the shape, of unspecified numbers, laid out as `like` is."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

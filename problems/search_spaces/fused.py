@@ -1,0 +1,356 @@
+"""The search cell with everything shared that its edges have in common: the same numbers for a fraction of the work.
+
+`FusedCell` has the parameters, the buffers and the state dict of `SearchCell`, and its values to rounding. It saves:
+
+- All edges out of a node rectify and pool the same input, and normalize the pools alike: once, here.
+- Where images are small, or kernels are what limits (on GPUs), their convolutions run as one, with a group for each
+  edge.
+- A convolution of dilation 2 never mixes odd and even rows or columns: on the four quarters of an image that these make
+  it is a plain convolution, for which the kernels are better. Dilated branches are put together from quarters only
+  after they have been added up at a node.
+- The weight of a branch is the scale of its last BatchNorm, so that no copy of the branch is kept for its gradient.
+- Channels that pass an edge by (PC-DARTS) are added up before they are shuffled.
+- Sums are formed in place, and nothing is computed for `none`.
+
+Where there is less to share it does what `SearchCell` does: in evaluation mode, with sampled edges, and with edges or
+normalizations of other classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from problems.search_spaces.cells import PLAIN, CellPrimitives, CellShape, EdgeOperation, MixedOperation, SearchCell
+from problems.search_spaces.depthwise import depthwise
+from problems.search_spaces.genotypes import NUM_INPUTS
+from problems.search_spaces.pc_darts import PartialOperation, shuffle_channels
+from problems.search_spaces.primitives import FactorizedReduce
+
+_CACHED = 1 << 18
+"""Numbers in the branches that run as one on a CPU; measured, with 16 to 64 images of 8 to 32 pixels a side."""
+BLOCK = 4
+"""Modules of a block of a separable or dilated primitive: ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm."""
+
+
+class FusedCell(SearchCell):
+    """`SearchCell`, faster; the masks of `skip_dropout` are drawn in another order.
+
+    Args:
+        shape: As for `SearchCell`.
+        primitives: As for `SearchCell`.
+        operation: As for `SearchCell`.
+    """
+
+    def __init__(self, shape: CellShape, primitives: CellPrimitives, operation: EdgeOperation = MixedOperation) -> None:
+        super().__init__(shape, primitives, operation)
+        self.outgoing = [
+            [(edge, target) for target, incoming in enumerate(self.incoming) for edge, s in incoming if s == source]
+            for source in range(NUM_INPUTS + len(self.incoming) - 1)
+        ]
+        self.strides = [shape.stride(source) for source in range(len(self.outgoing))]
+        self.fusable = all(type(edge) in (MixedOperation, PartialOperation) for edge in self.edges)
+
+    def forward(
+        self,
+        before_last: Tensor,
+        last: Tensor,
+        weights: Tensor,
+        edge_weights: Tensor | None = None,
+        states: Any = None,
+    ) -> Tensor:
+        """As `SearchCell.forward`."""
+        norms = [part for part in self.edges.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        sampled = states is not None and any(state.chosen is not None for state in states)
+        if sampled or not self.fusable or not _are_alike(norms):
+            return super().forward(before_last, last, weights, edge_weights, states)
+        nodes: list[Tensor] = self.preprocess(before_last, last)
+        if edge_weights is not None:
+            weights = weights * edge_weights.unsqueeze(1)
+        rows = [row.unbind() for row in weights.unbind()]
+        whole = edge_weights.unbind() if edge_weights is not None else None
+        sums = [_Sum() for _ in self.incoming]
+        statistics = _Statistics()
+        for source, leaving in enumerate(self.outgoing):
+            if source >= NUM_INPUTS:
+                nodes.append(sums[source - NUM_INPUTS].node())
+            edges = [
+                _Edge(
+                    self.edges[edge],
+                    sums[target],
+                    rows[edge],
+                    None if whole is None else whole[edge],
+                    *(states[edge] if states else PLAIN)[1:],
+                )
+                for edge, target in leaving
+            ]
+            _Source(nodes[source], self.strides[source], statistics).feed(edges)
+        nodes.append(sums[-1].node())
+        statistics.write()
+        return torch.cat(nodes[NUM_INPUTS:], dim=1)
+
+
+class _Edge(NamedTuple):
+    """One edge out of a node."""
+
+    operation: Any
+    sum: _Sum
+    """Of the node that it leads to."""
+    row: Sequence[Tensor]
+    """The weight of each primitive, that of the edge included."""
+    weight: Tensor | None
+    """That of the edge, None for 1."""
+    auxiliary_skip: float
+    skip_dropout: float
+
+    @property
+    def k(self) -> int:
+        """One in k channels is operated on."""
+        return self.operation.k if isinstance(self.operation, PartialOperation) else 1
+
+
+class _Sum:
+    """What is added up at a node, in place."""
+
+    def __init__(self) -> None:
+        self.whole: Tensor | None = None
+        self.quarters: Tensor | None = None
+        self.passing: Tensor | None = None
+        self.k = 1
+
+    def add(self, branch: Tensor, *, in_quarters: bool = False) -> None:
+        """Add a branch, which must be no view of anything and is written into later."""
+        if in_quarters:
+            self.quarters = branch if self.quarters is None else self.quarters.add_(branch)
+        else:
+            self.whole = branch if self.whole is None else self.whole.add_(branch)
+
+    def add_product(self, x: Tensor, weight: Tensor) -> None:
+        """Add the product of anything and a scalar."""
+        self.whole = x * weight if self.whole is None else self.whole.addcmul_(x, weight)
+
+    def add_passing(self, edge: _Edge, x: Tensor) -> None:
+        """Add channels that are not operated on."""
+        self.k = edge.k
+        weighted = x if edge.weight is None else x * edge.weight
+        self.passing = weighted if self.passing is None else self.passing + weighted
+
+    def node(self) -> Tensor:
+        """Return the node."""
+        if self.quarters is not None:
+            self.add(_join(self.quarters))
+        node = self.whole
+        assert node is not None  # a search space has a primitive besides `none` on each edge
+        if self.passing is None:
+            return node
+        shuffled = shuffle_channels(torch.cat((node, self.passing), dim=1), self.k)
+        return shuffled.contiguous(memory_format=torch.channels_last) if _is_channels_last(node) else shuffled
+
+
+class _Source:
+    """A node whose outgoing edges are computed together.
+
+    Args:
+        x: Its value.
+        stride: Of all edges out of it.
+        statistics: Of the batch.
+    """
+
+    def __init__(self, x: Tensor, stride: int, statistics: _Statistics) -> None:
+        self.x = x
+        self.stride = stride
+        self.statistics = statistics
+        # A CPU gains by groups as long as its caches hold them.
+        self.num_grouped = max(1, _CACHED // x.numel()) if x.device.type == "cpu" else 1 << 30
+        self.quarters: Tensor | None = None
+
+    def feed(self, edges: Sequence[_Edge]) -> None:
+        """Add to the sum of each edge what the edge makes of this node."""
+        k = edges[0].k
+        if k > 1:
+            self._pass_by(edges, self.x[:, self.x.shape[1] // k :])
+            self.x = self.x[:, : self.x.shape[1] // k]
+        self.rectified = functional.relu(self.x)
+        self._skip(edges)
+        having: dict[str, list[_Edge]] = {}
+        for edge in edges:
+            for name in edge.operation.operations:
+                if name != "skip_connect":
+                    having.setdefault(name, []).append(edge)
+        for name, some in having.items():
+            operations = [edge.operation.operations[name] for edge in some]
+            scales = [edge.row[edge.operation.primitives.index(name)] for edge in some]
+            if isinstance(operations[0][0], nn.MaxPool2d | nn.AvgPool2d):
+                pooled = self.statistics.normalize_alike(operations[0][0](self.x), [op[1] for op in operations])
+                for edge, scale in zip(some, scales, strict=True):
+                    edge.sum.add_product(pooled, scale)
+            elif operations[0][2].kernel_size == (1, 1):
+                for first in range(0, len(some), self.num_grouped):
+                    part = slice(first, first + self.num_grouped)
+                    self._convolve(some[part], operations[part], scales[part])
+            else:
+                for edge, operation, scale in zip(some, operations, scales, strict=True):
+                    edge.sum.add_product(operation(self.x), scale)
+
+    def _pass_by(self, edges: Sequence[_Edge], passing: Tensor) -> None:
+        if self.stride == 2:
+            passing = functional.max_pool2d(passing, 2, ceil_mode=True)
+        for edge in edges:
+            edge.sum.add_passing(edge, passing)
+
+    def _skip(self, edges: Sequence[_Edge]) -> None:
+        """Add skip-connections, those beside the primitives included."""
+        reducing: list[tuple[_Edge, FactorizedReduce, Tensor]] = []
+        for edge in edges:
+            mixed = edge.operation
+            skips = []
+            if "skip_connect" in mixed.operations:
+                scale = edge.row[mixed.primitives.index("skip_connect")]
+                skips.append((mixed.operations["skip_connect"], scale, edge.skip_dropout))
+            if mixed.auxiliary is not None:
+                scale = self.x.new_ones(()) if edge.weight is None else edge.weight
+                skips.append((mixed.auxiliary, edge.auxiliary_skip * scale, 0.0))
+            for operation, scale, dropout in skips:
+                if isinstance(operation, FactorizedReduce):
+                    reducing.append((edge, operation, scale))
+                else:
+                    edge.sum.add_product(functional.dropout(self.x, dropout) if dropout else self.x, scale)
+        for first in range(0, len(reducing), self.num_grouped):
+            self._reduce(reducing[first : first + self.num_grouped])
+
+    def _reduce(self, skips: Sequence[tuple[_Edge, FactorizedReduce, Tensor]]) -> None:
+        even, odd = FactorizedReduce.halves(self.rectified)
+        of_even = functional.conv2d(even, _cat([operation.even.weight for _, operation, _ in skips]))
+        of_odd = functional.conv2d(odd, _cat([operation.odd.weight for _, operation, _ in skips]))
+        pairs = zip(of_even.chunk(len(skips), dim=1), of_odd.chunk(len(skips), dim=1), strict=True)
+        joined = torch.cat([half for pair in pairs for half in pair], dim=1)
+        norms = [operation.norm for _, operation, _ in skips]
+        branches = self.statistics.normalize(joined, norms, [scale for _, _, scale in skips])
+        for (edge, _, _), branch in zip(skips, _parts(branches, len(skips)), strict=True):
+            edge.sum.add(branch)
+
+    def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Any], scales: Sequence[Tensor]) -> None:
+        """Run (ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm), once or more, for several edges."""
+        num_blocks = len(operations[0]) // BLOCK
+        images = self._images(operations[0][1].dilation[0] if num_blocks == 1 else 1)
+        y = images.y.repeat(1, len(edges), 1, 1) if len(edges) > 1 else images.y
+        for block in range(num_blocks):
+            parts = [operation[BLOCK * block : BLOCK * (block + 1)] for operation in operations]
+            if block > 0:
+                y = functional.relu(y, inplace=True)
+            y = depthwise(
+                y, _cat([part[1].weight for part in parts]), images.stride if block == 0 else 1, images.dilation
+            )
+            y = functional.conv2d(y, _cat([part[2].weight for part in parts]), groups=len(edges))
+            norms = [part[3] for part in parts]
+            y = self.statistics.normalize(y, norms, scales if block == num_blocks - 1 else None)
+        for edge, branch in zip(edges, _parts(y, len(edges)), strict=True):
+            edge.sum.add(branch, in_quarters=images.in_quarters)
+
+    def _images(self, dilation: int) -> _Images:
+        """What a convolution reads, rectified, so that it is a plain one where that is possible."""
+        x = self.rectified
+        if dilation != 2:
+            return _Images(x, self.stride, dilation)
+        if self.stride == 2:  # with dilation 2 it reads even rows and columns only
+            return _Images(x[:, :, ::2, ::2], 1, 1)
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            return _Images(x, 1, 2)
+        if self.quarters is None:
+            self.quarters = torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+        return _Images(self.quarters, 1, 1, in_quarters=True)
+
+
+class _Images(NamedTuple):
+    """What a depthwise convolution reads, and how."""
+
+    y: Tensor
+    stride: int
+    dilation: int
+    in_quarters: bool = False
+    """Whether the batch consists of the quarters of the images, all first ones, all second ones, and so on."""
+
+
+class _Statistics:
+    """BatchNorm with the statistics of the batch; running ones are written once for all modules."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
+
+    def normalize(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Sequence[Tensor] | None) -> Tensor:
+        """Normalize as many groups of channels as there are modules, and scale each.
+
+        Args:
+            x: (batch, modules * channels, height, width).
+            norms: Of each group.
+            scales: Of each group, scalars, or None for 1.
+        """
+        mean = var = None
+        if norms[0].track_running_stats:
+            mean, var = (norms[0].running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
+        size = x.shape[1] // len(norms)
+        scale = None if scales is None else torch.stack(tuple(scales)).repeat_interleave(size)
+        y = functional.batch_norm(x, mean, var, scale, None, training=True, momentum=1.0, eps=norms[0].eps)
+        if mean is not None and var is not None:
+            self._found += zip(norms, mean.split(size), var.split(size), strict=True)
+        return y
+
+    def normalize_alike(self, x: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+        """Do once what several modules would do to the same tensor."""
+        y = self.normalize(x, norms[:1], None)
+        if norms[0].track_running_stats:
+            _, mean, var = self._found[-1]
+            self._found += [(norm, mean, var) for norm in norms[1:]]
+        return y
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Move the running statistics of all modules that track them."""
+        if not self._found:
+            return
+        norms, means, variances = zip(*self._found, strict=True)
+        momentum = norms[0].momentum
+        # Through `.data`, as BatchNorm itself: earlier passes that remember these tensors do not need their values.
+        torch._foreach_lerp_([norm.running_mean.data for norm in norms], means, momentum)
+        torch._foreach_lerp_([norm.running_var.data for norm in norms], variances, momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
+def _are_alike(norms: Sequence[Any]) -> bool:
+    """Whether all are plain BatchNorms of the same settings, in training mode."""
+    return all(
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and not norm.affine
+        and norm.momentum is not None
+        and (norm.momentum, norm.eps, norm.track_running_stats)
+        == (norms[0].momentum, norms[0].eps, norms[0].track_running_stats)
+        for norm in norms
+    )
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def _parts(x: Tensor, count: int) -> Sequence[Tensor]:
+    """Cut channels into parts that may be written into."""
+    return [x] if count == 1 else [part.clone() for part in x.chunk(count, dim=1)]
+
+
+def _join(quarters: Tensor) -> Tensor:
+    """Put images together from their quarters."""
+    count, channels, height, width = quarters.shape
+    if _is_channels_last(quarters):
+        rows = quarters.permute(0, 2, 3, 1).reshape(2, 2, count // 4, height, width, channels)
+        return rows.permute(2, 3, 0, 4, 1, 5).reshape(count // 4, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+    rows = quarters.reshape(2, 2, count // 4, channels, height, width)
+    return rows.permute(2, 3, 4, 0, 5, 1).reshape(count // 4, channels, 2 * height, 2 * width)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -1,0 +1,112 @@
+"""The fused cell is the plain one, faster: values, derivatives of both orders, buffers and state dicts."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from problems.search_spaces import DARTS, Architecture, SearchSpace, Supernet, fused
+from problems.search_spaces.cells import CellShape, EdgeState, MixedOperation, SearchCell
+from problems.search_spaces.fused import FusedCell
+from problems.search_spaces.pc_darts import PartialOperation
+
+ODD = SearchSpace.uniform(("none", "conv_7x1_1x7", "sep_conv_7x7", "skip_connect"), num_nodes=2)
+PRUNED = tuple(DARTS.normal[0][shift : shift + 3] for shift in (0, 5, 1, 4, 2))
+"""Each edge has primitives of its own, as in P-DARTS."""
+
+
+def pair(shape, primitives, operation, memory_format=torch.contiguous_format):
+    torch.manual_seed(0)
+    plain, fast = (cell(shape, primitives, operation).double() for cell in (SearchCell, FusedCell))
+    fast.load_state_dict(plain.state_dict())
+    return plain, fast.to(memory_format=memory_format)
+
+
+def found(cell, inputs, weights, edge_weights, states):
+    """What a pass gives, its gradients, and gradients of those."""
+    output = cell(*inputs, weights, edge_weights, states)
+    variables = [*cell.parameters(), weights] + ([] if edge_weights is None else [edge_weights])
+    first = torch.autograd.grad(output.square().sum(), variables, create_graph=True, allow_unused=True)
+    first = [torch.zeros_like(v) if g is None else g for g, v in zip(first, variables, strict=True)]
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), variables)
+    return output, first, second
+
+
+@pytest.mark.parametrize(("num_grouped", "memory_format"), [(1, torch.contiguous_format), (3, torch.channels_last)])
+@pytest.mark.parametrize("primitives", [DARTS.normal, ODD.normal, PRUNED], ids=["darts", "other", "pruned"])
+@pytest.mark.parametrize("reduces", [False, True])
+@pytest.mark.parametrize(
+    ("operation", "size"),
+    [(MixedOperation, 6), (partial(MixedOperation, auxiliary_skip=True), 5), (PartialOperation, 4)],
+    ids=["plain", "auxiliary skip", "partial"],
+)
+def test_values_derivatives_and_buffers(operation, size, reduces, primitives, memory_format, num_grouped, monkeypatch):  # noqa: PLR0917
+    follows_reduction = size == 5
+    monkeypatch.setattr(fused, "_CACHED", num_grouped * 2 * 8 * size * size)
+    shape = CellShape((6, 6), 8, reduces, follows_reduction)
+    plain, fast = pair(shape, primitives, operation, memory_format)
+    before = 2 * size - 1 if follows_reduction else size
+    inputs = torch.randn(2, 6, before, before).double(), torch.randn(2, 6, size, size).double()
+    weights = torch.rand(len(primitives), len(primitives[0]), dtype=torch.float64, requires_grad=True)
+    edge_weights = torch.rand(len(primitives), dtype=torch.float64, requires_grad=True)
+    for factors in (None, edge_weights):
+        states = [EdgeState(auxiliary_skip=0.7 if size == 5 else 0.0)] * len(primitives)
+        expected, actual = (found(cell, inputs, weights, factors, states) for cell in (plain, fast))
+        for a, b in zip(expected, actual, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+    for (name, a), b in zip(plain.named_buffers(), fast.buffers(), strict=True):
+        torch.testing.assert_close(b, a, msg=name)
+
+
+def test_supernets_are_fused_and_state_dicts_are_interchangeable():
+    plain, fast = (Supernet(10, 4, 3, 1, cell=cell).double() for cell in (SearchCell, FusedCell))
+    assert all(type(cell) is FusedCell for cell in Supernet(10, 4, 3, 1).cells)
+    fast.load_state_dict(plain.state_dict())
+    images, architecture = torch.randn(3, 1, 8, 8).double(), Architecture().double()
+    torch.testing.assert_close(fast(images, architecture()), plain(images, architecture()))
+    plain.load_state_dict(fast.state_dict())
+    for network in (plain, fast):
+        network.eval()
+    assert torch.equal(fast(images, architecture()), plain(images, architecture()))
+
+
+def test_running_statistics_stand_still_where_they_are_switched_off():
+    _, fast = pair(CellShape((6, 6), 4, False, False), DARTS.normal, MixedOperation)
+    for part in fast.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.track_running_stats = False
+    before = [buffer.clone() for buffer in fast.buffers()]
+    fast(*torch.randn(2, 2, 6, 4, 4).double(), torch.rand(14, 8).double())
+    assert all(map(torch.equal, before, fast.buffers()))
+
+
+def test_skips_are_dropped_element_by_element():
+    primitives = (("skip_connect",),) * 2
+    _, fast = pair(CellShape((4, 4), 4, False, False), primitives, MixedOperation)
+    inputs = torch.randn(2, 2, 4, 50, 50).double()
+    kept = fast(*inputs, torch.ones(2, 1).double())
+    first, second = fast.preprocess(*inputs)
+    torch.testing.assert_close(kept, first + second)
+    torch.manual_seed(3)
+    dropped = fast(*inputs, torch.ones(2, 1).double(), None, [EdgeState(skip_dropout=0.75), EdgeState()]) - second
+    share = (dropped.abs() < 1e-12).double().mean()
+    rectified = 0.75
+    assert abs(share - rectified) < 5 * (rectified * (1 - rectified) / dropped.numel()) ** 0.5
+    torch.testing.assert_close(dropped[dropped.abs() > 1e-12], (4 * first)[dropped.abs() > 1e-12])
+
+
+def test_edges_of_another_class_and_other_normalizations_take_the_plain_way():
+    class Doubled(MixedOperation):
+        def forward(self, x, weights, state):
+            return 2 * super().forward(x, weights, state)
+
+    shape, inputs = CellShape((6, 6), 4, False, False), torch.randn(2, 2, 6, 4, 4).double()
+    weights = torch.rand(14, 8).double()
+    plain, fast = pair(shape, DARTS.normal, Doubled)
+    assert torch.equal(fast(*inputs, weights), plain(*inputs, weights))
+    plain, fast = pair(shape, DARTS.normal, MixedOperation)
+    for cell in (plain, fast):
+        cell.edges[0].operations["max_pool_3x3"][1] = nn.Identity()
+        cell.edges[3].operations["sep_conv_3x3"][3] = nn.BatchNorm2d(4).double()
+    assert torch.equal(fast(*inputs, weights), plain(*inputs, weights))
