@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
@@ -32,6 +33,7 @@ class EvaluationRecipe(RecipePart):
         auxiliary_weight: of the auxiliary head's loss; 0 for no head.
         drop_path: probability at the end of training, rising from 0 with the progress of the run.
         label_smoothing: part of each label that is spread over all classes.
+        channels_last: keep the channels of a pixel next to each other in memory, which is faster.
         cutout: side of the square that is cut out of each training image, in pixels, or None.
         network: optimizer, schedule and clipping.
     """
@@ -45,6 +47,7 @@ class EvaluationRecipe(RecipePart):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     cutout: PositiveInt | None = None
+    channels_last: bool = True
     network: LevelRecipe
 
 
@@ -72,6 +75,11 @@ class Training:
             auxiliary = functional.cross_entropy(logits.auxiliary, labels, label_smoothing=self.label_smoothing)
             loss = loss + self.auxiliary_weight * auxiliary
         return mlo.Output(loss, metrics)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Return how a network's convolutions are to be laid out; the images follow."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def evaluation_graph(
@@ -102,7 +110,7 @@ def evaluation_graph(
         data.in_channels,
         auxiliary=recipe.auxiliary_weight > 0,
         stem=recipe.stem,
-    )
+    ).to(memory_format=memory_format(recipe.channels_last))
     training = Training(recipe.drop_path, recipe.auxiliary_weight, recipe.label_smoothing)
     problem = level.declare(
         "network",
