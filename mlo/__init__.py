@@ -1,7 +1,7 @@
 """mlo: multi-level optimization on PyTorch."""
 
 from mlo.engine import Engine
-from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError, RecipeError
+from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError, ProcessLostError, RecipeError
 from mlo.graph import Edge, Graph
 from mlo.hypergradients import (
     SAMA,
@@ -41,6 +41,7 @@ __all__ = [
     "Output",
     "Penalty",
     "Problem",
+    "ProcessLostError",
     "RecipeError",
     "Response",
     "Step",

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo.calls import Calls
+from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
 from mlo.levels import Buffers, Levels, LevelView, Output, Tensors, Variables
-from mlo.randomness import seed_generators
-from mlo.sharding import Group, ShardedVariables, average, find_variables, reduced
+from mlo.randomness import random_key, seed_generators
+from mlo.sharding import ShardedVariables, find_variables
 
 Gradient = tuple[Tensor | None, ...]
 """A gradient as autograd gives it: None where the loss does not depend on the parameter."""
@@ -174,7 +175,9 @@ class LossCall:
                 stack.enter_context(torch.autocast(backend.device.type, backend.autocast, enabled=autocast))
             if double_backward:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            seed_generators(self.key, backend.device)
+            # What other processes see of a batch has draws of its own; a function of variables alone has the same ones.
+            rank = rank_of(backend.group) if self.objective is None else 0
+            seed_generators(random_key(self.key, rank) if rank else self.key, backend.device)
             result = (self.objective or own.loss)(levels, self.batch)
         if accessed is not None:
             accessed |= levels._accessed
@@ -272,6 +275,13 @@ class LossCall:
                 bound[name] = tuple(t.detach() for t in tensors)
         leaves = replay.leaves if replay is not None else []
         flat = [t for name in wrt for t in inputs.get(name, ())] + leaves
+        group = self.backend.group
+        if group is not None and not in_place:
+            for name in (self.level, *self.levels[self.level].reads):
+                live = self.levels[name].variables.parameters if name in wrt or name in follows else ()
+                used = bound.get(name, live)
+                if any(t.requires_grad for t in used):
+                    bound[name] = replicate(used, group)
         with self.in_force(bound, moves_buffers=moves_buffers):
             output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay)
             grads: Gradient = (None,) * len(flat)
@@ -293,8 +303,10 @@ class LossCall:
             sizes = {name: len(inputs[name]) for name in wrt if name in inputs}
             of = {name: (None,) * len(self.levels[name].variables.parameters) for name in wrt} | split(grads, sizes)
             loss = output.loss.detach()
-            if self.backend.group is not None:
+            if group is not None and in_place:
                 loss, of = self._average(loss, of)
+            elif group is not None:
+                loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
             yield Gradients(loss, output.metrics, of, grads[sum(sizes.values()) :])
 
     def _is_in_place(self, *, create_graph: bool) -> bool:

@@ -38,6 +38,7 @@ from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.devices import find_device
 from mlo.diagnostics import asymmetries, check_interval, diagnose
+from mlo.distributed import Group, agreed, align, average, average_buffers, by_first, whole_world
 from mlo.double import double, in_double, in_float64
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
@@ -45,7 +46,7 @@ from mlo.optimizers import Update
 from mlo.randomness import isolated
 from mlo.replay import replay_solve
 from mlo.script import Script
-from mlo.sharding import by_first, find_group
+from mlo.sharding import find_group, is_sharded
 from mlo.state import LevelState, check_generators, move_optimizer
 from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep, values_of
 from mlo.tracing import trace
@@ -63,6 +64,8 @@ class Engine:
         device: "auto" (CUDA, else MPS, else CPU) or a torch device; the modules are moved there.
         precision: "fp32" casts nothing; "bf16" and "fp16" run first-order passes under autocast, fp16 with a loss
             scale.
+        group: the processes that train the graph together, each on batches of its own, of which every loss is the mean:
+            "auto" for all of `torch.distributed`, if it has been initialized; None for this process alone.
         rollback: put the lower levels back before each upper step, and solve them again after it.
         diagnostics_every: every so many rounds, compare the hypergradient of each level with the exact derivative of
             the steps taken, as metrics (`mlo.diagnostics`); costs an `Unroll` of all levels. None for never.
@@ -92,6 +95,7 @@ class Engine:
         seed: int = 0,
         device: str | torch.device = "auto",
         precision: str = "fp32",
+        group: Group = "auto",
         rollback: bool = False,
         diagnostics_every: int | None = None,
     ) -> None:
@@ -106,12 +110,15 @@ class Engine:
         check_interval(diagnostics_every, graph)
         self._diagnosing = False
         modules = [p.module for p in graph.levels]
-        group = find_group(modules)
-        if group is not None and precision == "fp16":
+        sharded = find_group(modules)
+        if sharded is not None and precision == "fp16":
             raise MloError("precision: expected 'bf16' or 'fp32' with a sharded level; found 'fp16'")
+        group = sharded or (whole_world() if group == "auto" else group)
         self._backend = Backend(find_device(device, modules), _PRECISIONS[precision], group)
         for problem in graph.levels:
             problem.module.to(self._backend.device)
+            if not is_sharded(problem.module):
+                align(problem.module, group)
             move_optimizer(problem.optimizer, self._backend.device)
         self._levels = {
             p.name: Level(
@@ -169,7 +176,7 @@ class Engine:
                 everyone.append(stack.enter_context(ProgressBar(title, self.rounds_done, self.total_rounds)))
             stack.callback(self._go_on)
             for _ in range(rounds):
-                if self._stopping:
+                if agreed(self._stopping, self._backend.group):
                     break
                 metrics = self._play_round()
                 for callback in everyone:
@@ -317,7 +324,7 @@ class Engine:
                 self._begin(name)
                 self._take_steps(name)
         self.rounds_done += 1
-        metrics = {name: mean(name, values) for name, values in self._tallies.items()}
+        metrics = self._averaged({name: mean(name, values) for name, values in self._tallies.items()})
         self._check_finite(metrics)
         return metrics | {"round_seconds": time.perf_counter() - started}
 
@@ -349,6 +356,7 @@ class Engine:
                 name, solve, recorded=recorded, moves_buffers=True, reuses=reuses, diagnosed=diagnosed
             )
         state = self._states[name]
+        average_buffers(state.problem.module, self._backend.group)
         self._tally(name, found)
         if name in self.graph.structure.tops:  # its sweep is done, and with it all records
             solve = None
@@ -505,7 +513,7 @@ class Engine:
             )
             for name, level in levels.items()
         }
-        self._backend, self._journal = Backend(backend.device), journal.copy()
+        self._backend, self._journal = replace(backend, autocast=None), journal.copy()
         for memory in self._journal.memory.values():
             memory.update({key: double(t) for key, t in memory.items()})
         try:
@@ -547,6 +555,16 @@ class Engine:
         for level, metric, value in figures:
             kept = value.detach() if isinstance(value, Tensor) else value
             self._tallies.setdefault(f"{level}.{metric}", []).append(kept)
+
+    def _averaged(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Return the means over the processes."""
+        group = self._backend.group
+        if group is None or not metrics:
+            return metrics
+        numbers = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self._backend.device)
+        (means,) = average([numbers], [numbers], group)
+        assert means is not None
+        return dict(zip(metrics, means.tolist(), strict=True))
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         for name in self.graph.structure.names:

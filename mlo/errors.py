@@ -25,3 +25,7 @@ class DivergenceError(MloError):
 
 class CheckpointError(MloError):
     """A checkpoint cannot be written, read, or does not belong to this graph."""
+
+
+class ProcessLostError(MloError):
+    """Another process of a job that runs in several has ended, or no longer answers."""

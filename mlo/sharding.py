@@ -6,25 +6,23 @@ place: other values are copied into the shards and the present ones back afterwa
 `.grad`. That gives first derivatives only.
 
 Each process has batches of its own, and a loss is the mean over them: FSDP averages the gradients of shards, and
-`average` those of all other variables.
+`mlo.autodiff` those of all other variables.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlo.errors import CheckpointError, GraphError
+from mlo.distributed import Group
+from mlo.errors import GraphError
 from mlo.levels import Tensors, Variables
 from mlo.trees import map_tensors
-
-Group = Any
-"""A `torch.distributed.ProcessGroup`."""
 
 
 class ShardedVariables(Variables):
@@ -152,56 +150,6 @@ def distributed_like(tensor: Any, like: Any) -> Any:
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
     return distribute_tensor(tensor.to(_mesh(like).device_type), _mesh(like), like.placements)
-
-
-def average(tensors: Sequence[Tensor | None], likes: Sequence[Tensor], group: Group) -> tuple[Tensor | None, ...]:
-    """Return the means over all processes of the group, which call it together.
-
-    Args:
-        tensors: None where a process has none; it counts as zero, and stays None where no process has one.
-        likes: of the same shapes and types as the tensors.
-        group: the processes.
-    """
-    if not tensors:
-        return ()
-    given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
-    parts = [torch.zeros_like(like) if t is None else t for t, like in zip(tensors, likes, strict=True)]
-    flat = torch.cat([given, *(t.detach().reshape(-1) for t in parts)])  # in the widest of their types
-    torch.distributed.all_reduce(flat, group=group)
-    counts, *means = torch.split(flat, [len(parts), *(t.numel() for t in parts)])
-    num = torch.distributed.get_world_size(group)
-    return tuple(
-        (mean / num).view_as(like).to(like.dtype) if count else None
-        for count, mean, like in zip(counts.tolist(), means, likes, strict=True)
-    )
-
-
-def reduced(tensor: Tensor, operation: str, group: Group) -> Tensor:
-    """Return the "SUM" or "MAX" over all processes of the group; the tensor itself without one."""
-    if group is not None:
-        tensor = tensor.detach().clone()
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=group)
-    return tensor
-
-
-def by_first(action: Callable[[], None], group: Group) -> None:
-    """Let one process act for all of the group, which call it together; its error becomes that of all.
-
-    Raises:
-        CheckpointError: the action raised it.
-    """
-    if group is None:
-        action()
-        return
-    outcome: list[str | None] = [None]
-    if torch.distributed.get_rank(group) == 0:
-        try:
-            action()
-        except CheckpointError as error:
-            outcome[0] = str(error)
-    torch.distributed.broadcast_object_list(outcome, torch.distributed.get_process_group_ranks(group)[0], group)
-    if outcome[0] is not None:
-        raise CheckpointError(outcome[0])
 
 
 def _fsdp_modules(module: nn.Module) -> list[Any]:

@@ -1,0 +1,193 @@
+"""Several processes that train one graph, each on its part of every batch.
+
+Each process has all variables and a part of the data; the loss of a level is the mean of what the processes find. What
+is differentiated of it are *replicated* values (the variables, the same everywhere) and *local* ones (everything that
+depends on a batch). Two linear maps lead from one kind to the other:
+
+    replicate   a variable -> the same variable, as each process uses it
+    mean        a local value of each process -> their mean
+
+They are each other's transposes, with respect to the mean of the processes' inner products; so the pullback of the one
+is the other, at every order of differentiation. A loss call binds `replicate(w)`; then every gradient, every cotangent
+and every second-order product is the mean over the processes when it reaches w, and estimators need not know.
+
+All processes must make the same calls in the same order. Called by `mlo.autodiff` and the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mlo.errors import CheckpointError, ProcessLostError
+
+T = TypeVar("T")
+Group = Any
+"""A `torch.distributed.ProcessGroup`, or None for this process alone."""
+
+
+def whole_world() -> Group:
+    """Return all processes of `torch.distributed`, None if this is the only one."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    return distributed.group.WORLD
+
+
+def rank_of(group: Group) -> int:
+    """Return this process's number in the group, from 0."""
+    return 0 if group is None else torch.distributed.get_rank(group)
+
+
+def replicate(tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+    """Return variables as this process uses them, to be differentiated any number of times.
+
+    Args:
+        tensors: the same in all processes.
+        group: the processes; they differentiate together.
+    """
+    return tuple(_Replicate.apply(group, *tensors)) if tensors else ()
+
+
+class _Replicate(torch.autograd.Function):
+    """The identity; its pullback is the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: Tensor | None) -> Any:
+        ctx.group = group
+        ctx.like = tensors
+        ctx.set_materialize_grads(False)
+        return tuple(None if t is None else t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        return None, *_Mean.apply(ctx.group, ctx.like, *cotangents)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over the processes; its pullback is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, like: Sequence[Tensor | None], *tensors: Tensor | None) -> Any:
+        ctx.group = group
+        ctx.present = [t is not None for t in tensors]
+        ctx.set_materialize_grads(False)
+        given = [(t, shape) for t, shape in zip(tensors, like, strict=True) if shape is not None]
+        found = iter(average([t for t, _ in given], [shape for _, shape in given], group))
+        return tuple(None if shape is None else next(found) for shape in like)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        wanted = [c if present else None for c, present in zip(cotangents, ctx.present, strict=True)]
+        return None, None, *_Replicate.apply(ctx.group, *wanted)
+
+
+def average(tensors: Sequence[Tensor | None], likes: Sequence[Tensor], group: Group) -> tuple[Tensor | None, ...]:
+    """Return the means over all processes of the group, which call it together; no derivatives.
+
+    Args:
+        tensors: None where a process has none; it counts as zero, and stays None where no process has one.
+        likes: of the same shapes and types as the tensors.
+        group: the processes.
+    """
+    if not tensors:
+        return ()
+    given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
+    parts = [torch.zeros_like(like) if t is None else t for t, like in zip(tensors, likes, strict=True)]
+    flat = torch.cat([given, *(t.detach().reshape(-1) for t in parts)])  # in the widest of their types
+    _all_reduce(flat, "SUM", group)
+    counts, *means = torch.split(flat, [len(parts), *(t.numel() for t in parts)])
+    num = torch.distributed.get_world_size(group)
+    return tuple(
+        (mean / num).view_as(like).to(like.dtype) if count else None
+        for count, mean, like in zip(counts.tolist(), means, likes, strict=True)
+    )
+
+
+def reduced(tensor: Tensor, operation: str, group: Group) -> Tensor:
+    """Return the "SUM" or "MAX" over all processes of the group; the tensor itself without one."""
+    if group is not None:
+        tensor = tensor.detach().clone()
+        _all_reduce(tensor, operation, group)
+    return tensor
+
+
+def agreed(number: int, group: Group) -> int:
+    """Return the largest of the processes' numbers, below 2^24."""
+    if group is None:
+        return number
+    device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+    return int(reduced(torch.tensor(float(number), device=device), "MAX", group))
+
+
+@torch.no_grad()
+def align(module: nn.Module, group: Group) -> None:
+    """Give all processes the parameters and buffers of the first."""
+    if group is None:
+        return
+    source = torch.distributed.get_global_rank(group, 0)
+    with _Together():
+        for tensor in (*module.parameters(), *module.buffers()):
+            torch.distributed.broadcast(tensor, source, group)
+
+
+@torch.no_grad()
+def average_buffers(module: nn.Module, group: Group) -> None:
+    """Let all processes have the means of their floating-point buffers, such as running statistics."""
+    buffers = [b for b in module.buffers() if b.is_floating_point()] if group is not None else []
+    for buffer, mean in zip(buffers, average(buffers, buffers, group), strict=True):
+        assert mean is not None
+        buffer.copy_(mean)
+
+
+def by_first(action: Callable[[], None], group: Group) -> None:
+    """Let one process act for all of the group, which call it together; its error becomes that of all.
+
+    Raises:
+        CheckpointError: the action raised it.
+    """
+    error = from_first(lambda: _error_of(action), group)
+    if error is not None:
+        raise CheckpointError(error)
+
+
+def from_first(make: Callable[[], T], group: Group) -> T:
+    """Return what the first process of the group makes, to all of them."""
+    if group is None:
+        return make()
+    made: list[Any] = [make() if rank_of(group) == 0 else None]
+    with _Together():
+        torch.distributed.broadcast_object_list(made, torch.distributed.get_global_rank(group, 0), group)
+    found: T = made[0]
+    return found
+
+
+def _error_of(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _all_reduce(tensor: Tensor, operation: str, group: Group) -> None:
+    with _Together():
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation), group=group)
+
+
+class _Together:
+    """Says what it means when processes no longer hear from each other."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError):
+            raise ProcessLostError(
+                f"expected to hear from all {torch.distributed.get_world_size()} processes of the job; found that one "
+                f"has ended or hangs ({str(error).splitlines()[0]}). See what it said first; the newest checkpoint is "
+                f"complete, and mlo resume goes on from it, with any number of processes."
+            ) from error

@@ -1,0 +1,198 @@
+"""Two processes, each with half of every batch, are one process with the whole: every estimator, at any depth."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+
+import mlo
+
+from .quadratics import relative_error
+from .random_graphs import fit, flat
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:level .* Penalty. its solves are far"),
+    pytest.mark.filterwarnings("ignore:level .* Neumann. the terms of the series grow"),
+]
+
+GRAPHS = {
+    "bilevel": {"low": ("top",), "top": ("low",)},
+    "teaching": {"low": ("top",), "middle": ("low",), "top": ("low", "middle")},
+    "nest": {"low": ("middle", "top"), "middle": ("low", "top"), "top": ("low", "middle")},
+}
+ESTIMATORS = (
+    mlo.FirstOrder(),
+    mlo.FiniteDifference(1e-4, last=None),
+    mlo.Unroll(),
+    mlo.Unroll(checkpoint=True),
+    mlo.Neumann(terms=3),
+    mlo.ConjugateGradient(iterations=3, damping=0.1),
+    mlo.Nystrom(rank=4, damping=0.1),
+    mlo.SAMA(),
+    mlo.Penalty(steps=2),
+)
+CASES = [(graph, estimator) for graph in ("teaching", "nest") for estimator in ESTIMATORS]
+CASES += [("bilevel", mlo.FiniteDifference()), ("bilevel", mlo.Unroll())]
+OPTIMIZERS = {
+    "low": lambda weights: torch.optim.Adam(weights, lr=0.05, weight_decay=0.1),
+    "middle": lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9),
+    "top": lambda weights: torch.optim.AdamW(weights, lr=0.02),
+}
+
+
+def build(case, rank=None, **options):
+    """Build an engine; `rank` None for the whole of every batch."""
+    graph, estimator = case
+    reads = GRAPHS[graph]
+    torch.manual_seed(0)
+    modules = {name: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)).double() for name in reads}
+    data = {name: torch.randn(3, 2, 2, 3, 4, dtype=torch.float64) for name in reads}
+    problems = []
+    for name, module in modules.items():
+        if rank == 1:
+            nn.init.zeros_(module[0].weight)  # it gets those of the first process
+        batches = [pair.flatten(1, 2).unbind() if rank is None else pair[:, rank].unbind() for pair in data[name]]
+        own = OPTIMIZERS[name](module.parameters())
+        problems.append(
+            mlo.Problem(
+                name, module, fit(name, reads[name]), own, batches, hypergradient=estimator, steps=2, clip_norm=0.5
+            )
+        )
+    edges = [mlo.Edge(source, target) for target in reads for source in reads[target]]
+    return mlo.Engine(mlo.Graph(problems, edges), seed=0, device="cpu", **options)
+
+
+def results(engine):
+    """What is to be equal: hypergradients, losses, and the weights after two rounds."""
+    found = {"first": engine.hypergradient("top")}
+    metrics = engine.run(2, progress=False)
+    found["metrics"] = {name: torch.tensor(value) for name, value in metrics.items() if name.endswith(".loss")}
+    found["after"] = engine.hypergradient("top")
+    found["weights"] = {
+        f"{p.name}.{n}": w.detach() for p in engine.graph.levels for n, w in p.module.named_parameters()
+    }
+    return {key: flat(tensors.values()) for key, tensors in found.items()}
+
+
+def unused_and_random():
+    """Weights that only one process uses or none does, and draws of each process' own."""
+
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.one, self.none = (nn.Parameter(torch.ones(2)) for _ in range(3))
+            self.norm = nn.BatchNorm1d(2)
+
+    module = Partly()
+    rank = torch.distributed.get_rank()
+    drawn = []
+
+    def loss(levels, batch):
+        drawn.append(torch.rand(()).item())
+        term = levels.w.both.sum() + levels.w.norm(batch).square().mean()
+        return mlo.Output(term + levels.w.one.sum() if rank else term, {"rank": float(rank)})
+
+    sgd = torch.optim.SGD([module.both, module.one, module.none], lr=1.0, weight_decay=0.5)
+    engine = mlo.Engine(
+        mlo.Graph([mlo.Problem("w", module, loss, sgd, [torch.randn(4, 2) + 10 * rank])]), seed=0, device="cpu"
+    )
+    metrics = engine.run(1, progress=False)
+    return {
+        "weights": torch.stack((module.both, module.one, module.none)).detach(),
+        "metric": metrics["w.rank"],
+        "drawn": drawn[-1],
+        "running": module.norm.running_mean.clone(),
+    }
+
+
+def stopped(rank):
+    """One process is asked to stop."""
+    engine = build(CASES[0], rank)
+    if rank == 1:
+        engine.stop()
+    engine.run(3, progress=False)
+    return engine.rounds_done
+
+
+def in_process(rank, folder):
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        found = []
+        for index, case in enumerate(CASES):
+            engine = build(case, rank)
+            found.append(results(engine))
+            if index % 4 == 1:
+                engine.save(f"{folder}/{index}.pt")
+                found[-1]["gone on"] = results(engine)
+        other = unused_and_random()
+        alone = results(build(CASES[1], rank, group=None))
+        check = build(CASES[2], rank).check(directions=2, progress=False).passed
+        everything = {
+            "results": found, "other": other, "alone": alone, "check": check, "stopped": stopped(rank)
+        }  # fmt: skip
+        torch.save(everything, f"{folder}/results{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data_parallel")
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        torch.multiprocessing.spawn(in_process, (str(folder),), nprocs=2)
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    return folder, [torch.load(folder / f"results{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: f"{CASES[index][0]}, {CASES[index][1]!r}")
+def test_two_processes_are_one(processes, index):
+    _, found = processes
+    expected = results(build(CASES[index]))
+    for of_rank in found:
+        for key, value in expected.items():
+            assert relative_error(of_rank["results"][index][key], value) < 1e-8, key
+    for key in expected:
+        assert torch.equal(found[0]["results"][index][key], found[1]["results"][index][key]), key
+
+
+@pytest.mark.parametrize("index", [i for i in range(len(CASES)) if i % 4 == 1])
+def test_one_process_goes_on_where_two_were(processes, index):
+    folder, found = processes
+    engine = build(CASES[index])
+    engine.load(folder / f"{index}.pt")
+    gone_on = found[0]["results"][index]["gone on"]
+    assert all(relative_error(value, gone_on[key]) < 1e-8 for key, value in results(engine).items())
+
+
+def test_weights_that_not_all_use(processes):
+    """Zero counts where one process has no gradient; no gradient, and so no weight decay, where none has one."""
+    for of_rank in processes[1]:
+        both, one, none = of_rank["other"]["weights"][:, 0].tolist()
+        assert (both, one, none) == (1 - 1 - 0.5, 1 - 0.5 - 0.5, 1.0)
+
+
+def test_metrics_and_running_statistics_are_means_and_draws_are_not_shared(processes):
+    first, second = (of_rank["other"] for of_rank in processes[1])
+    assert first["metric"] == second["metric"] == 0.5
+    assert first["drawn"] != second["drawn"]
+    assert torch.equal(first["running"], second["running"])
+    assert (first["running"] > 0.3).all()  # a tenth of the mean of 0 and 10
+
+
+def test_a_process_may_stay_alone(processes):
+    _, found = processes
+    assert not torch.equal(found[0]["alone"]["weights"], found[1]["alone"]["weights"])
+
+
+def test_the_black_box_check_agrees(processes):
+    assert all(of_rank["check"] for of_rank in processes[1])
+
+
+def test_all_stop_when_one_is_asked_to(processes):
+    assert [of_rank["stopped"] for of_rank in processes[1]] == [0, 0]
