@@ -25,3 +25,7 @@ class DivergenceError(MloError):
 
 class CheckpointError(MloError):
     """A checkpoint cannot be written, read, or does not belong to this graph."""
+
+
+class InteropError(MloError):
+    """Another framework is missing, or cannot express what a graph asks of it; everything that it cannot is named."""

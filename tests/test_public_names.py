@@ -35,7 +35,7 @@ def test_command_line_flags():
     }
     assert flags == {
         "list": [],
-        "run": ["--device", "--output", "--quiet", "--rounds", "--seed", "--set"],
+        "run": ["--device", "--engine", "--output", "--quiet", "--rounds", "--seed", "--set"],
         "evaluate": ["--device", "--output", "--quiet", "--recipe", "--seed", "--set"],
         "resume": ["--quiet"],
         "graph": ["--output", "--set"],
