@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from mlo.graph import Graph
 from mlo.structure import reachable
@@ -79,19 +80,20 @@ def find_schedule(graph: Graph, dependencies: Dependencies) -> Schedule:
     """Play Betty's engine until the steps of one round are taken, or until it is clear that they will not be."""
     names = graph.structure.names
     asked = _round(graph, graph.structure.tops)
-    betty = _betty_steps(dependencies, {p.name: p.steps * p.micro_batches for p in graph.levels})
+    goal = Counter(asked)
+    periods = {p.name: p.steps * p.micro_batches for p in graph.levels}
     taken: list[str] = []
-    best: tuple[int, list[str]] = (0, [])
-    for iteration in range(1, len(asked) + 1):
-        taken += next(betty)
-        if taken.count(names[-1]) <= asked.count(names[-1]):
-            best = (iteration, list(taken))
-        if Counter(taken) == Counter(asked):
+    iterations = 0
+    found: Counter[str] = Counter()
+    for steps in islice(_betty_steps(dependencies, periods), len(asked) * max(periods.values())):
+        taken += steps
+        found.update(steps)
+        iterations += 1
+        if found == goal or (found[names[-1]] >= goal[names[-1]] and found.total() > goal.total()):
             break
-    iterations, taken = best
     pairs = [(edge.source, edge.target) for edge in graph.edges]
     disordered = tuple(pair for pair in pairs if _only(taken, pair) != _only(asked, pair))
-    return Schedule(iterations, {n: taken.count(n) for n in names}, {n: asked.count(n) for n in names}, disordered)
+    return Schedule(iterations, {n: found[n] for n in names}, {n: goal[n] for n in names}, disordered)
 
 
 def _round(graph: Graph, names: Sequence[str]) -> list[str]:

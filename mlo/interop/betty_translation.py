@@ -102,12 +102,13 @@ def translate(graph: Graph, options: Options) -> Translation:
                 )
             )
         if any(name in graph.structure.inside[upper] for upper in graph.structure.names):
+            obstacles += _of_response(problem)
             found, hindrances = _estimator(problem, middle=bool(dependencies.lowers[name]))
             own |= found
             obstacles += (Obstacle(f"level {name!r}, {problem.hypergradient!r}", *pair) for pair in hindrances)
         settings[name] = own
     obstacles += _of_edges(dependencies)
-    obstacles += _of_schedule(graph, schedule)
+    obstacles += _of_schedule(graph, schedule, dependencies)
     obstacles += _of_options(graph, dependencies, options)
     return Translation(dependencies, schedule, settings, tuple(obstacles))
 
@@ -142,6 +143,17 @@ def _of_level(problem: Problem, dependencies: Dependencies) -> Iterator[Obstacle
             f"{where}, micro_batches={problem.micro_batches} with a scheduler",
             "Betty advances the scheduler after each micro-batch",
             "Set micro_batches=1, or leave the scheduler out",
+        )
+
+
+def _of_response(problem: Problem) -> Iterator[Obstacle]:
+    held = {id(p) for group in problem.optimizer.param_groups for p in group["params"]}
+    loose = [name for name, p in problem.module.named_parameters() if p.requires_grad and id(p) not in held]
+    if loose and not isinstance(problem.hypergradient, FirstOrder):
+        yield Obstacle(
+            f"level {problem.name!r}, optimizer",
+            f"it does not hold {', '.join(loose)}, which Betty's estimators would take for variables that respond",
+            "Give the optimizer all parameters that require a gradient, or set requires_grad=False",
         )
 
 
@@ -242,7 +254,7 @@ def _of_edges(dependencies: Dependencies) -> Iterator[Obstacle]:
         )
 
 
-def _of_schedule(graph: Graph, schedule: Schedule) -> Iterator[Obstacle]:
+def _of_schedule(graph: Graph, schedule: Schedule, dependencies: Dependencies) -> Iterator[Obstacle]:
     for name, asked in schedule.asked.items():
         taken = schedule.taken[name]
         if taken != asked:
@@ -252,7 +264,9 @@ def _of_schedule(graph: Graph, schedule: Schedule) -> Iterator[Obstacle]:
                 f"whenever all that it reads from below have taken theirs, and all that read nothing equally often",
                 "Give levels that read others steps=1, and those that read none equal steps",
             )
-    for source, target in schedule.disordered if schedule.taken == schedule.asked else ():
+    if schedule.taken != schedule.asked:
+        return
+    for source, target in (pair for pair in schedule.disordered if pair not in dependencies.lost):
         yield Obstacle(
             f"edge {source!r} -> {target!r}",
             f"Betty steps {source!r} and {target!r} in another order than the graph",
