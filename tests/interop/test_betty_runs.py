@@ -115,6 +115,18 @@ def test_an_interrupted_run_says_that_it_has_to_start_again(tmp_path):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+def test_the_command_line_says_so_too(tmp_path, monkeypatch):
+    pytest.importorskip("betty", reason="an optional peer; .ci/run installs it")
+
+    def stopped(self, experiment):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "execute", stopped)
+    done = invoke("run", "darts/digits-first", "--engine", "betty", "--quiet", "--output", tmp_path / "run")
+    assert done.exit_code == 128 + signal.SIGINT
+    assert f"Betty's engine has no checkpoints; start again with:\n\n    mlo run {tmp_path}" in done.output
+
+
 def test_a_run_that_was_laid_out_and_not_begun_can_be_resumed(tmp_path):
     """As a sweep does."""
     pytest.importorskip("betty", reason="an optional peer; .ci/run installs it")
