@@ -181,7 +181,7 @@ class LossCall:
             result = (self.objective or own.loss)(levels, self.batch)
         if accessed is not None:
             accessed |= levels._accessed
-        return _checked(self.level, result)
+        return checked_output(self.level, result)
 
     def hyperparameters(
         self, values: Mapping[str, Tensors], *, create_graph: bool = False, accessed: set[str] | None = None
@@ -502,7 +502,12 @@ def _option(level: str, name: str, value: Any) -> Tensor:
     return value.reshape((2,) if name == "betas" else ())
 
 
-def _checked(level: str, result: Any) -> Output:
+def checked_output(level: str, result: Any) -> Output:
+    """Return what a loss returned as an `Output` of a scalar.
+
+    Raises:
+        GraphError: it is not one floating-point number.
+    """
     output = result if isinstance(result, Output) else Output(result)
     loss = output.loss
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:

@@ -37,8 +37,9 @@ from mlo.devices import find_device
 from mlo.drawing import describe_graph, draw_graph
 from mlo.engine import Engine
 from mlo.errors import MloError, RecipeError
+from mlo.graph import Graph
 from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
-from mlo.runs import Experiment, Interrupted, Run, resume
+from mlo.runs import Experiment, Interrupted, Run, check_engine, resume
 from mlo.version import __version__
 
 
@@ -93,6 +94,7 @@ def list_command() -> None:
 @click.option("--seed", type=click.IntRange(min=0), help="Of all random draws; short for --set seed=N.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps; short for --set device=D.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Of the search; short for --set rounds=N.")
+@click.option("--engine", type=click.Choice(["mlo", "betty"]), help="Of the search; short for --set engine=E.")
 @click.option("--output", type=click.Path(path_type=Path), help="New folder of the run  [default: runs/RECIPE/TIME]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def run(
@@ -102,6 +104,7 @@ def run(
     seed: int | None,
     device: str | None,
     rounds: int | None,
+    engine: str | None,
     output: Path | None,
     quiet: bool,
 ) -> None:
@@ -111,8 +114,10 @@ def run(
     Example:
         mlo run lbt/digits --seed 1 --output runs/first
         mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
+        mlo run darts/digits-first --engine betty
     """  # noqa: D301
-    _begin(recipe, overrides, {"seed": seed, "device": device, "rounds": rounds}, output, quiet=quiet)
+    short = {"seed": seed, "device": device, "rounds": rounds, "engine": engine}
+    _begin(recipe, overrides, short, output, quiet=quiet)
 
 
 @main.command()
@@ -261,7 +266,7 @@ def sweep(
     )
     campaign = check_folder(campaign, output)
     cluster = parse_cluster(slurm, jobs) if slurm else None
-    runs = plan_runs(campaign, _load, lambda loaded: _experiment(loaded).graph())
+    runs = plan_runs(campaign, _load, lambda loaded: _checked_graph(loaded, _experiment(loaded)))
     folders = prepare(campaign, runs, output, _load)
     if cluster is not None:
         _summarize(submit(folders, output, cluster, retries=retries))
@@ -337,7 +342,7 @@ def _begin(
 ) -> None:
     loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
     name, experiment = _name(recipe), _experiment(loaded)
-    experiment.graph()  # a mistake that only this shows ends the command before anything is written
+    _checked_graph(loaded, experiment)  # a mistake that only this shows ends the command before anything is written
     folder = output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S"))
     _execute(Run.begin(folder, loaded, name, progress=not quiet), experiment)
 
@@ -355,11 +360,21 @@ def _experiment(recipe: Recipe) -> Experiment:
     return kind(recipe)
 
 
+def _checked_graph(recipe: Recipe, experiment: Experiment) -> Graph:
+    graph = experiment.graph()
+    check_engine(recipe, graph)
+    return graph
+
+
 def _execute(run: Run, experiment: Experiment) -> None:
     try:
         result = run.execute(experiment)
     except Interrupted as interruption:
-        click.echo(f"\nStopped and saved. Go on with:\n\n    mlo resume {run.folder}", err=True)
+        if run.recipe.engine == "mlo":
+            click.echo(f"\nStopped and saved. Go on with:\n\n    mlo resume {run.folder}", err=True)
+        else:
+            again = f"mlo run {run.folder / 'recipe.yaml'}"
+            click.echo(f"\nStopped. Betty's engine has no checkpoints; start again with:\n\n    {again}", err=True)
         sys.exit(128 + interruption.signal_number)
     _show(result, run.folder)
 

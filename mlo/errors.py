@@ -29,3 +29,7 @@ class CheckpointError(MloError):
 
 class ProcessLostError(MloError):
     """Another process of a job that runs in several has ended, or no longer answers."""
+
+
+class InteropError(MloError):
+    """Another framework is missing, or cannot express what a graph asks of it; everything that it cannot is named."""

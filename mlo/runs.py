@@ -31,15 +31,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy
 import torch
 
 from mlo.engine import Engine
-from mlo.errors import CheckpointError, MloError
+from mlo.errors import CheckpointError, InteropError, MloError
 from mlo.files import write_text
 from mlo.graph import Graph
+from mlo.interop.betty import PACKAGE, betty_engine, check_betty
 from mlo.recipes import Recipe, dump_recipe
 from mlo.tracking import Callback, JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
 from mlo.version import __version__
@@ -64,6 +65,21 @@ class Interrupted(Exception):  # noqa: N818 - not an error: everything is saved
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
+
+
+class Trained(Protocol):
+    """The engine of a phase: `mlo.Engine`, or Betty's.
+
+    Attributes:
+        graph: that it trained, in place.
+        rounds_done: rounds played.
+    """
+
+    graph: Graph
+    rounds_done: int
+
+    def stop(self) -> None:
+        """Let it return after the round it is in."""
 
 
 class Experiment(abc.ABC):
@@ -106,7 +122,7 @@ class Run:
         self.recipe = recipe
         self.name = name
         self._progress = progress
-        self._engine: Engine | None = None
+        self._engine: Trained | None = None
         self._signal: int | None = None
 
     @classmethod
@@ -143,7 +159,13 @@ class Run:
             torch.set_num_threads(self.recipe.threads)
         with self._alone(), self._stoppable():
             figures = dict(experiment.run(self))
-        result = {**figures, "seed": self.recipe.seed, "recipe": self.name, "versions": versions()}
+        result = {
+            **figures,
+            "seed": self.recipe.seed,
+            "recipe": self.name,
+            "engine": self.recipe.engine,
+            "versions": versions(self.recipe.engine),
+        }
         write_json(self.folder / RESULT, result)
         experiment.report(self)
         return result
@@ -154,8 +176,10 @@ class Run:
 
     def train(
         self, phase: str, graph: Graph, rounds: int, *, until: Callable[[], bool] | None = None, **options: Any
-    ) -> Engine:
+    ) -> Trained:
         """Train a graph to `rounds` rounds, or load the engine that has been.
+
+        The recipe's engine trains it, a graph of one level always `mlo.Engine`.
 
         Args:
             phase: name of the phase, different from that of any other.
@@ -166,8 +190,11 @@ class Run:
 
         Raises:
             Interrupted: the run was asked to stop; the engine is saved.
+            CheckpointError: the phase was begun before, by an engine that has no checkpoints.
         """
         self._check_signal()
+        if self.recipe.engine == "betty" and len(graph.levels) > 1:
+            return self._train_with_betty(phase, graph, rounds, until, options)
         engine = Engine(
             graph, seed=self.recipe.seed, device=self.recipe.device, precision=self.recipe.precision, **options
         )
@@ -186,16 +213,11 @@ class Run:
             if report.round % self.recipe.checkpoint_every == 0:
                 checkpoints.save(engine)
 
-        with ExitStack() as stack:
-            callbacks: list[Callback] = [
-                stack.enter_context(JsonLines(metrics, {"phase": phase})),
-                stack.enter_context(TensorBoard(self.folder / "tensorboard", f"{phase}/", engine.rounds_done)),
-                _Then(keep),
-            ]
+        with self._recorded(phase, engine.rounds_done) as callbacks:
             engine.run(
                 rounds - engine.rounds_done,
                 total_rounds=rounds,
-                callbacks=callbacks,
+                callbacks=[*callbacks, _Then(keep)],
                 progress=self._progress,
                 title=phase.replace("_", " "),
             )
@@ -203,6 +225,46 @@ class Run:
         checkpoints.save(engine)
         self._check_signal()
         return engine
+
+    def _train_with_betty(
+        self, phase: str, graph: Graph, rounds: int, until: Callable[[], bool] | None, options: Mapping[str, Any]
+    ) -> Trained:
+        """Train a graph with Betty's engine, which leaves no checkpoints: a phase is trained at once or not at all."""
+        recipe = self.recipe
+        if any(line["phase"] == phase for line in read_metrics(self.folder / "metrics.jsonl")):
+            raise CheckpointError(
+                f"{self.folder}, phase {phase!r}: expected a run with mlo's engine to go on with; found one with "
+                f"Betty's, which has no checkpoints. Start it again: mlo run {self.folder / 'recipe.yaml'}"
+            )
+        engine = betty_engine(
+            graph, rounds=rounds, seed=recipe.seed, device=recipe.device, precision=recipe.precision, **options
+        )
+        self._engine = engine  # from here on a signal stops it
+        self._check_signal()
+
+        def keep(report: RoundReport) -> None:  # noqa: ARG001
+            if until is not None and until():
+                engine.stop()
+
+        if until is None or not until():
+            with self._recorded(phase, 0) as callbacks:
+                engine.run(
+                    callbacks=[*callbacks, _Then(keep)],
+                    progress=self._progress,
+                    title=f"{phase.replace('_', ' ')} (Betty)",
+                )
+        self._engine = None
+        self._check_signal()
+        return engine
+
+    @contextmanager
+    def _recorded(self, phase: str, rounds_done: int) -> Iterator[list[Callback]]:
+        """Keep the metrics of a phase, from `rounds_done` on."""
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(JsonLines(self.folder / "metrics.jsonl", {"phase": phase})),
+                stack.enter_context(TensorBoard(self.folder / "tensorboard", f"{phase}/", rounds_done)),
+            ]
 
     def seconds(self, phase: str) -> float:
         """Return the time that a phase's rounds took, interruptions left out."""
@@ -338,9 +400,33 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def versions() -> dict[str, str]:
+def check_engine(recipe: Recipe, graph: Graph) -> None:
+    """Refuse a recipe whose engine cannot train its main graph, before anything is written.
+
+    Raises:
+        InteropError: another framework is missing, or cannot express the graph.
+    """
+    if recipe.engine != "betty":
+        return
+    if len(graph.levels) == 1:
+        raise InteropError(
+            f"engine: expected 'mlo', as problem {recipe.problem!r} has the one level "
+            f"{graph.levels[0].name!r}; found 'betty'. Leave it out."
+        )
+    check_betty(
+        graph,
+        device=recipe.device,
+        precision=recipe.precision,
+        rollback=recipe.rollback,
+        diagnostics_every=recipe.diagnostics_every,
+    )
+
+
+def versions(engine: str = "mlo") -> dict[str, str]:
     """Return the versions that a result depends on."""
+    others = {PACKAGE: importlib.metadata.version(PACKAGE)} if engine == "betty" else {}
     return {
+        **others,
         "mlo": __version__,
         "torch": torch.__version__,
         "torchvision": importlib.metadata.version("torchvision"),

@@ -9,7 +9,7 @@ def test_exports():
     assert sorted(mlo.__all__) == [
         "CheckpointError", "Claim", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference",
         "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output",
-        "Penalty", "Problem", "RecipeError", "Response", "SAMA", "Step", "Tensors", "Unroll", "__version__",
+        "Penalty", "Problem", "ProcessLostError", "RecipeError", "Response", "SAMA", "Step", "Tensors", "Unroll", "__version__",
         "register_optimizer",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)
@@ -35,7 +35,7 @@ def test_command_line_flags():
     }
     assert flags == {
         "list": [],
-        "run": ["--device", "--output", "--quiet", "--rounds", "--seed", "--set"],
+        "run": ["--device", "--engine", "--output", "--quiet", "--rounds", "--seed", "--set"],
         "evaluate": ["--device", "--output", "--quiet", "--recipe", "--seed", "--set"],
         "resume": ["--quiet"],
         "graph": ["--output", "--set"],

@@ -36,6 +36,8 @@ class Recipe(RecipePart):
         precision: what the losses are computed in.
         rounds: of the problem's main engine; `--rounds` sets it.
         rollback: put the lower levels back before each upper step, and solve them again after it.
+        engine: that trains the problem's levels: `mlo`, or `betty` to compare with; single levels are always trained by
+            `mlo`.
         diagnostics_every: rounds from one comparison of the hypergradients with the exact ones to the next, or None.
         checkpoint_every: rounds from one checkpoint to the next.
         threads: of torch on the CPU, or None to leave them as they are; small kernels run fastest on one.
@@ -48,6 +50,7 @@ class Recipe(RecipePart):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     rounds: PositiveInt
     rollback: bool = False
+    engine: Literal["mlo", "betty"] = "mlo"
     diagnostics_every: PositiveInt | None = None
     checkpoint_every: PositiveInt = 50
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
