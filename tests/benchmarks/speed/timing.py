@@ -10,7 +10,8 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,17 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Leave all that is there now out of the collections within the block, which take long in a big process."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def timed(work: Work, num: int) -> float:
     """Return the seconds of one unit of work; garbage of others is collected before."""
     gc.collect()
@@ -116,12 +128,13 @@ def measure(
                     _, own.error = guarded(work, max(1, num(size) // 4))  # the warm-up
                 if not own.error:
                     works[method.name] = (work, own)
-        for _ in range(repeats):
-            for work, own in works.values():
-                seconds, error = guarded(timed, work, num(size))
-                own.error = own.error or error
-                if not error:
-                    own.seconds.append(seconds)
+        with uncollected():
+            for _ in range(repeats):
+                for work, own in works.values():
+                    seconds, error = guarded(timed, work, num(size))
+                    own.error = own.error or error
+                    if not error:
+                        own.seconds.append(seconds)
         for name, (_, own) in works.items():
             if own.error:
                 continue
