@@ -21,7 +21,7 @@ from ..accuracy import DISTRIBUTIONS, Notes, version
 from .timing import Measured, Method, of
 
 ROOT = Path(__file__).resolve().parents[3]
-COLORS = ("#1668b0", "#c9480a", "#157a5a", "#7b4aa8", "#a97a10", "#b02a5b", "#4a5560", "#3d9bb3")
+COLORS = ("#1668b0", "#c9480a", "#157a5a", "#7b4aa8", "#a97a10", "#b02a5b", "#4a5560", "#3d9bb3", "#8c564b", "#7f9a1f")
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def line_chart(
         logarithmic: the axis of x, the axis of y.
         bands: lower and upper ends of what is shaded around the points.
     """
-    figure = Figure((6.0, 3.8), facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    figure = Figure((7.2, 3.8), facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     axes = figure.subplots()
-    for (name, points), color in zip(series.items(), COLORS * 3, strict=False):
+    for (name, points), color in zip(series.items(), COLORS, strict=False):
         if not points:
             continue
         places, values = zip(*points, strict=True)
@@ -155,7 +155,7 @@ def line_chart(
     axes.tick_params(length=3.0)
     axes.set_xlabel(x, parse_math=False)
     axes.set_ylabel(y, parse_math=False)
-    axes.legend(frameon=False, fontsize=8.0)
+    figure.legend(frameon=False, fontsize=8.0, loc="outside right upper")
     return figure
 
 
