@@ -90,7 +90,7 @@ def run(methods: Sequence[Method], quick: bool) -> Result:
     sizes = (1, 2, 3) if quick else (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
     turns, cap = (3, 0.5) if quick else (5, 20.0)
     worst = max(check(size) for size in sizes)
-    found = measure(methods, sizes, repeats=turns, num=lambda size: 1 if quick else max(1, 32 // size), cap=cap)
+    found = measure(methods, sizes, repeats=turns, num=lambda size: 1 if quick else max(1, 8 // size), cap=cap)
     notes = Notes()
     table = size_table(methods, found, "diamonds", lambda one: spread([1000 * s for s in one.seconds]), notes)
     series = {
