@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from functools import partial
 
 import pytest
@@ -77,10 +76,6 @@ def test_another_computation_is_not_compared(monkeypatch):
         agree("it", math.nan, 1.0)
 
 
-def waits(size):
-    return lambda num: time.sleep(num * size / 1000)
-
-
 def fails(size):
     raise ValueError("AdamW is not\nsupported")
 
@@ -89,14 +84,29 @@ def needs(size):
     return lambda num: bytearray(num * size << 20)
 
 
-def test_methods_take_turns_and_leave_at_the_cap():
-    methods = [Method("slow", "", waits), Method("broken", "", fails)]
-    found = measure(methods, (5, 20, 40), repeats=3, cap=0.06)
-    assert [one.method for one in found] == ["slow", "broken"] * 3
-    assert 0.02 <= of(found, "slow", 20).median < 0.06
-    assert len(of(found, "slow", 20).seconds) == 3
-    assert "left out: more than 0.06 s" in of(found, "slow", 40).error
-    assert of(found, "broken", 5).error == "ValueError: AdamW is not supported"
+def test_methods_take_turns_and_leave_at_the_cap(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr("tests.benchmarks.speed.timing.time.perf_counter", lambda: clock[0])
+
+    def takes(seconds, name):
+        def work(num):
+            clock[0] += num * seconds
+            order.append(name)
+
+        return work
+
+    methods = [
+        Method("slow", "", lambda size: takes(float(size), "slow")),
+        Method("broken", "", fails),
+        Method("fast", "", lambda size: takes(0.5, "fast")),
+    ]
+    found = measure(methods, (1, 4, 8), repeats=3, num=lambda size: 2, cap=15)
+    assert order[:8] == ["slow", "fast"] * 4
+    assert [one.method for one in found] == ["slow", "broken", "fast"] * 3
+    assert of(found, "slow", 4).seconds == [4.0] * 3
+    assert of(found, "slow", 8).error == "left out: more than 15 s to be expected"
+    assert of(found, "fast", 8).median == 0.5
+    assert of(found, "broken", 1).error == "ValueError: AdamW is not supported"
     assert Measured("a", 1, [2.0, 6.0]).ratios(Measured("b", 1, [1.0, 2.0])) == [2.0, 3.0]
 
 
