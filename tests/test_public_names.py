@@ -9,8 +9,8 @@ def test_exports():
     assert sorted(mlo.__all__) == [
         "CheckpointError", "Claim", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference",
         "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output",
-        "Penalty", "Problem", "ProcessLostError", "RecipeError", "Response", "SAMA", "Step", "Tensors", "Unroll", "__version__",
-        "register_optimizer",
+        "Penalty", "Problem", "ProcessLostError", "RecipeError", "Response", "SAMA", "Step", "Tensors",
+        "Unroll", "__version__", "register_optimizer",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)
 

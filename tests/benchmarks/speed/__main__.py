@@ -1,0 +1,83 @@
+"""python -m tests.benchmarks.speed [--only NAMES] [--quick] [--output FOLDER].
+
+Runs the benchmarks, prints their tables, and writes them to FOLDER: `speed.md` (where that file has the two marks, only
+what is between them is replaced), `speed.json` with every single time, and the pictures in `images/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlo.figures import save_figure
+
+from . import cleaning, depth, overhead, unrolling
+from .report import Benchmark, Result, describe, machine
+
+BENCHMARKS: tuple[Benchmark, ...] = (
+    overhead.BENCHMARK,
+    depth.BENCHMARK,
+    unrolling.BENCHMARK,
+    *cleaning.BENCHMARKS,
+)
+BEGIN = "<!-- measured: begin -->"
+END = "<!-- measured: end -->"
+
+
+def run(benchmarks: Sequence[Benchmark], *, quick: bool) -> tuple[str, dict[str, Any], dict[str, Result]]:
+    """Run benchmarks one after the other; return the text, the raw numbers and the results by name."""
+    logging.disable(logging.INFO)  # Betty's
+    torch.set_num_threads(1)
+    where = machine()
+    lines = [describe(where)]
+    if quick:
+        lines += ["", "*Quick: sizes and repetitions too small to go by.*"]
+    results = {}
+    for benchmark in benchmarks:
+        results[benchmark.name] = result = benchmark.run(benchmark.installed(), quick)
+        missing = benchmark.missing()
+        absent = [f"Not installed, and left out: {', '.join(missing)}.", ""] if missing else []
+        pictures = [f"![{benchmark.title}](images/speed-{name}.png)\n" for name in result.figures]
+        lines += ["", f"## {benchmark.title}", "", *absent, *pictures, result.text]
+    return "\n".join([*lines, ""]), {**where, "quick": quick, **{n: r.raw for n, r in results.items()}}, results
+
+
+def write(folder: Path, text: str, numbers: dict[str, Any], results: dict[str, Result]) -> None:
+    """Write a report, into the middle of the one that is there if it is marked."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    path = folder / "speed.md"
+    before, after = "", ""
+    if path.exists() and BEGIN in (present := path.read_text(encoding="utf-8")) and END in present:
+        before, after = present.partition(BEGIN)[0], present.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after or chr(10)}", encoding="utf-8")
+    (folder / "speed.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    for result in results.values():
+        for name, figure in result.figures.items():
+            save_figure(figure, folder / "images" / f"speed-{name}.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
+    parser.add_argument("--output", type=Path, help="folder for speed.md, speed.json and images/")
+    options = parser.parse_args(arguments)
+    text, numbers, results = run([b for b in BENCHMARKS if b.name in options.only], quick=options.quick)
+    print(text)
+    if options.output:
+        write(options.output, text, numbers, results)
+
+
+if __name__ == "__main__":
+    main()

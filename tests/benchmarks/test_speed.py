@@ -1,0 +1,141 @@
+"""The speed benchmarks run, say what they measured, and stop where two methods do not compute the same."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+
+from .speed import cleaning, depth, overhead, unrolling
+from .speed.__main__ import BEGIN, BENCHMARKS, END, main, run, write
+from .speed.memory import MEASURABLE, peak, peak_here
+from .speed.report import Benchmark, agree, line_chart
+from .speed.timing import Measured, Method, measure, of
+
+
+def few(benchmark, *libraries):
+    """The benchmark with the methods of some libraries alone ("" for those by hand)."""
+    chosen = [m for m in benchmark.methods if m.library in libraries]
+    return Benchmark(benchmark.name, benchmark.title, benchmark.run, chosen)
+
+
+def rows(text, name):
+    return [line.split("|")[2:-1] for line in text.splitlines() if line.startswith(f"| {name}")]
+
+
+@pytest.mark.parametrize("name", ["overhead", "depth"])
+def test_times_beside_the_loop_by_hand(name):
+    benchmark = next(b for b in BENCHMARKS if b.name == name)
+    text, numbers, _ = run([few(benchmark, "", "mlo", "TorchOpt")], quick=True)
+    assert f"## {benchmark.title}" in text
+    assert "torch" in text.splitlines()[0]
+    assert {one["error"] for one in numbers[name]["measured"]} == {""}
+    if name == "overhead":
+        assert numbers[name]["agreement"]["mlo FiniteDifference()"] < 1e-9
+        assert numbers[name]["agreement"]["TorchOpt MetaSGD"] < 1e-9
+        assert all(float(cells[1].split()[0]) > 0 for cells in rows(text, "mlo"))
+        assert len(rows(text, "mlo")) == 2
+    else:
+        assert numbers[name]["agreement"] < depth.AGREEMENT
+        assert len(rows(text, "3 ")[0]) == 2
+
+
+def test_unrolling_measures_time_and_memory():
+    methods = {m.name: m for m in unrolling.METHODS}
+    assert unrolling.check([methods["TorchOpt MetaSGD"], methods["mlo Unroll(checkpoint=True)"]], 5) < 1e-9
+    result = unrolling.run([methods["mlo Unroll()"]], quick=True)
+    assert result.raw["agreement"] < 1e-9
+    assert [one["error"] for one in result.raw["measured"]] == ["", ""]
+    assert [one["mebibytes"] is not None for one in result.raw["measured"]] == [False, MEASURABLE]
+    assert set(result.figures) == {"unroll-time", "unroll-memory"}
+
+
+def test_the_same_steps_give_the_same_accuracies():
+    methods = [m for m in cleaning.methods_of("cleaning") if m.name in ("mlo Unroll()", "TorchOpt MetaSGD")]
+    mlo_curve, torchopt_curve = cleaning.train(methods, seed=0, parts=2, rounds=2)
+    assert mlo_curve.accuracies == torchopt_curve.accuracies
+    assert 0 < mlo_curve.seconds[0] < mlo_curve.seconds[1]
+    text = cleaning.run(methods[:1], quick=True, kind="reweighting").text
+    assert "not reached (0 of 2)" in text
+
+
+def test_seconds_to_a_target():
+    curves = [cleaning.Curve("a", seed, [1.0, 2.0], [0.5, end]) for seed, end in enumerate((0.9, 0.7, 0.95))]
+    assert [curve.reaches(0.9) for curve in curves] == [2.0, math.inf, 2.0]
+    assert cleaning.reach(curves, 0.9) == "2.00 (2 of 3)"
+    assert cleaning.reach(curves, 0.5) == "1.00 (1.00 to 1.00)"
+    assert cleaning.reach(curves, 0.95) == "not reached (1 of 3)"
+
+
+def test_another_computation_is_not_compared(monkeypatch):
+    wrong = {**overhead.TRAINERS, "mlo Unroll(last=1)": overhead.TRAINERS["mlo FiniteDifference()"]}
+    monkeypatch.setattr(overhead, "TRAINERS", wrong)
+    with pytest.raises(AssertionError, match=r"mlo Unroll\(last=1\) and by hand, double backward: expected a relative"):
+        overhead.check(overhead.METHODS, 3)
+    with pytest.raises(AssertionError, match="found nan"):
+        agree("it", math.nan, 1.0)
+
+
+def fails(size):
+    raise ValueError("AdamW is not\nsupported")
+
+
+def needs(size):
+    return lambda num: bytearray(num * size << 20)
+
+
+def test_methods_take_turns_and_leave_at_the_cap(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr("tests.benchmarks.speed.timing.time.perf_counter", lambda: clock[0])
+
+    def takes(seconds, name):
+        def work(num):
+            clock[0] += num * seconds
+            order.append(name)
+
+        return work
+
+    methods = [
+        Method("slow", "", lambda size: takes(float(size), "slow")),
+        Method("broken", "", fails),
+        Method("fast", "", lambda size: takes(0.5, "fast")),
+    ]
+    found = measure(methods, (1, 4, 8), repeats=3, num=lambda size: 2, cap=15)
+    assert order[:8] == ["slow", "fast"] * 4
+    assert [one.method for one in found] == ["slow", "broken", "fast"] * 3
+    assert of(found, "slow", 4).seconds == [4.0] * 3
+    assert of(found, "slow", 8).error == "left out: more than 15 s to be expected"
+    assert of(found, "fast", 8).median == 0.5
+    assert of(found, "broken", 1).error == "ValueError: AdamW is not supported"
+    assert Measured("a", 1, [2.0, 6.0]).ratios(Measured("b", 1, [1.0, 2.0])) == [2.0, 3.0]
+
+
+def test_peak_memory_is_that_of_the_work():
+    found, error = peak_here(Method("big", "", needs), 64, 1) if MEASURABLE else peak(Method("big", "", needs), 64, 1)
+    assert not error
+    assert found == (pytest.approx(64, abs=3) if MEASURABLE else None)
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("tests.benchmarks.speed.report.version", lambda library: "1" if library == "mlo" else None)
+    benchmark = Benchmark("b", "B", partial(cleaning.run, kind="cleaning"), cleaning.methods_of("cleaning"))
+    assert benchmark.missing() == ["Betty", "TorchOpt", "higher"]
+    assert {m.library for m in benchmark.installed()} == {"", "mlo"}
+
+
+def test_output_fills_the_marked_part(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "speed.md"
+    path.write_text(f"# Speed\n\nbefore\n\n{BEGIN}\n{END}\n\nafter\n")
+    figure = line_chart({"a": [(1.0, 2.0), (2.0, 3.0)]}, "x", "y", logarithmic=(True, True))
+    write(tmp_path, "TEXT", {"n": 1}, {"b": overhead.Result("", None, {"picture": figure})})
+    write(tmp_path, "NEWER", {"n": 2}, {})
+    assert path.read_text() == f"# Speed\n\nbefore\n\n{BEGIN}\n\nNEWER\n{END}\n\nafter\n"
+    assert json.loads((tmp_path / "speed.json").read_text()) == {"n": 2}
+    assert (tmp_path / "images" / "speed-picture.png").stat().st_size > 1000
+    result = overhead.Result("TABLE", [1])
+    monkeypatch.setattr(
+        "tests.benchmarks.speed.__main__.BENCHMARKS", (Benchmark("b", "Title", lambda methods, quick: result, ()),)
+    )
+    main(["--only", "b", "--output", str(tmp_path / "new")])
+    assert "## Title" in capsys.readouterr().out
+    assert "TABLE" in (tmp_path / "new" / "speed.md").read_text()
