@@ -266,6 +266,9 @@ class Update:
             state_cotangent: of the new state, or None for zero.
             create_graph: keep the result differentiable.
         """
+        if self.rule is sgd and self.clip_norm is None and not self.hyperparameters:
+            with torch.set_grad_enabled(create_graph):
+                return self._pull_back_sgd(gradient, cotangent, state_cotangent)
         with torch.enable_grad():
             w = tuple(alias(t, create_graph=create_graph) for t in weights)
             g = tuple(None if t is None else alias(t, create_graph=create_graph) for t in gradient)
@@ -288,6 +291,29 @@ class Update:
         a_g = tuple(None if t is None else following(t) for t in g)
         a_s = tuple({name: following(t) for name, t in own.items()} for own in s)
         return UpdateCotangents(a_w, a_g, a_s, {name: following(t) for name, t in h.items()})
+
+    def _pull_back_sgd(
+        self, gradient: Gradient, cotangent: Tensors, state_cotangent: OptimizerState | None
+    ) -> UpdateCotangents:
+        """Pull back through `sgd`, which is linear, by its transpose: of the same numbers, without a graph."""
+        a_w, a_g = list(cotangent), [None if g is None else torch.zeros_like(g) for g in gradient]
+        a_s: list[Mapping[str, Tensor]] = list(state_cotangent or ({},) * len(cotangent))
+        for bucket in self.buckets:
+            o = bucket.options
+            momentum, decay, sign = o["momentum"], o["weight_decay"], -1.0 if o["maximize"] else 1.0
+            for i in bucket.indices:
+                total = a = cotangent[i] * -o["lr"]
+                if _acts(momentum):
+                    later = a_s[i].get("momentum_buffer")
+                    total = a * momentum if o["nesterov"] else a
+                    total = total if later is None else total + later
+                    before = "momentum_buffer" in self.state[i]
+                    a_s[i] = {"momentum_buffer": momentum * total} if before else {}
+                    total = (1 - o["dampening"]) * total if before and o["dampening"] else total
+                    total = a + total if o["nesterov"] else total
+                a_w[i] = a_w[i] + decay * total if _acts(decay) else a_w[i]
+                a_g[i] = sign * total if sign < 0 else total
+        return UpdateCotangents(tuple(a_w), tuple(a_g), tuple(a_s), {})
 
     def signs(self) -> dict[int, float]:
         """Return, for each parameter that the step moves, 1, or -1 where the optimizer maximizes."""
