@@ -19,6 +19,7 @@ from mlo.levels import Levels, Output, Tensors
 from mlo.optimizers import register_optimizer
 from mlo.problem import Problem
 from mlo.sweep import Response, Step
+from mlo.synchronized import synchronize_batch_norm
 from mlo.version import __version__
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "Unroll",
     "__version__",
     "register_optimizer",
+    "synchronize_batch_norm",
 ]

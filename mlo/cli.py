@@ -34,10 +34,13 @@ from mlo.campaign import (
 )
 from mlo.comparison import find_runs, published, write_comparison
 from mlo.devices import find_device
+from mlo.distributed import from_first, whole_world
 from mlo.drawing import describe_graph, draw_graph
 from mlo.engine import Engine
 from mlo.errors import MloError, RecipeError
 from mlo.graph import Graph
+from mlo.launching import is_launched, joined
+from mlo.launching import launch as start_processes
 from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
 from mlo.runs import Experiment, Interrupted, Run, check_engine, resume
 from mlo.version import __version__
@@ -48,7 +51,8 @@ class _Commands(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with joined():
+                return super().invoke(context)
         except MloError as error:
             raise _Mistake(str(error)) from error
         except (FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError) as error:
@@ -95,6 +99,7 @@ def list_command() -> None:
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps; short for --set device=D.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Of the search; short for --set rounds=N.")
 @click.option("--engine", type=click.Choice(["mlo", "betty"]), help="Of the search; short for --set engine=E.")
+@click.option("--launch", metavar="N", type=click.IntRange(min=1), help="In so many processes, which share each batch.")
 @click.option("--output", type=click.Path(path_type=Path), help="New folder of the run  [default: runs/RECIPE/TIME]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def run(
@@ -105,6 +110,7 @@ def run(
     device: str | None,
     rounds: int | None,
     engine: str | None,
+    launch: int | None,
     output: Path | None,
     quiet: bool,
 ) -> None:
@@ -116,6 +122,7 @@ def run(
         mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
         mlo run darts/digits-first --engine betty
     """  # noqa: D301
+    _launch(launch)
     short = {"seed": seed, "device": device, "rounds": rounds, "engine": engine}
     _begin(recipe, overrides, short, output, quiet=quiet)
 
@@ -128,6 +135,7 @@ def run(
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of all random draws; short for --set seed=N.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps; short for --set device=D.")
+@click.option("--launch", metavar="N", type=click.IntRange(min=1), help="In so many processes, which share each batch.")
 @click.option("--output", type=click.Path(path_type=Path), help="New folder of the run  [default: runs/RECIPE/TIME]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def evaluate(
@@ -137,6 +145,7 @@ def evaluate(
     overrides: tuple[str, ...],
     seed: int | None,
     device: str | None,
+    launch: int | None,
     output: Path | None,
     quiet: bool,
 ) -> None:
@@ -150,25 +159,29 @@ def evaluate(
         mlo evaluate runs/first --recipe evaluate/digits
         mlo evaluate PC_DARTS_cifar --recipe evaluate/cifar10 --seed 1
     """  # noqa: D301
+    _launch(launch)
     short = {"genotype": _find_genotype(subject), "seed": seed, "device": device}
     _begin(recipe, overrides, short, output, quiet=quiet)
 
 
 @main.command("resume")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--launch", metavar="N", type=click.IntRange(min=1), help="In so many processes, which share each batch.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def resume_command(folder: Path, quiet: bool) -> None:
+def resume_command(folder: Path, launch: int | None, quiet: bool) -> None:
     """Go on with the interrupted run in FOLDER, exactly where its newest checkpoint is.
 
     \b
     Example:
         mlo resume runs/first
     """  # noqa: D301
+    _launch(launch)
     found = resume(folder, _load, progress=not quiet)
     if found.finished:
-        _experiment(found.recipe).report(found)
-        click.echo(f"{folder}: this run is finished; nothing to do.")
-        _show(found.result(), folder)
+        if found.is_first:
+            _experiment(found.recipe).report(found)
+            click.echo(f"{folder}: this run is finished; nothing to do.")
+            _show(found.result(), folder)
         return
     _execute(found, _experiment(found.recipe))
 
@@ -343,8 +356,14 @@ def _begin(
     loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
     name, experiment = _name(recipe), _experiment(loaded)
     _checked_graph(loaded, experiment)  # a mistake that only this shows ends the command before anything is written
-    folder = output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = from_first(lambda: output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S")), whole_world())
     _execute(Run.begin(folder, loaded, name, progress=not quiet), experiment)
+
+
+def _launch(num_processes: int | None) -> None:
+    """Start the command again in several processes, unless this is one of them."""
+    if num_processes is not None and num_processes > 1 and not is_launched():
+        start_processes(num_processes)
 
 
 def _load(recipe: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -370,13 +389,14 @@ def _execute(run: Run, experiment: Experiment) -> None:
     try:
         result = run.execute(experiment)
     except Interrupted as interruption:
-        if run.recipe.engine == "mlo":
-            click.echo(f"\nStopped and saved. Go on with:\n\n    mlo resume {run.folder}", err=True)
-        else:
-            again = f"mlo run {run.folder / 'recipe.yaml'}"
+        if run.is_first and run.recipe.engine == "mlo":
+            click.echo(f"\nStopped and saved. Go on with:\n\n    mlo resume {run.home}", err=True)
+        elif run.is_first:
+            again = f"mlo run {run.home / 'recipe.yaml'}"
             click.echo(f"\nStopped. Betty's engine has no checkpoints; start again with:\n\n    {again}", err=True)
         sys.exit(128 + interruption.signal_number)
-    _show(result, run.folder)
+    if run.is_first:
+        _show(result, run.home)
 
 
 def _show(result: Mapping[str, Any], folder: Path) -> None:

@@ -52,6 +52,12 @@ def replicate(tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
     return tuple(_Replicate.apply(group, *tensors)) if tensors else ()
 
 
+def mean_everywhere(tensor: Tensor, group: Group) -> Tensor:
+    """Return the mean of a local value over the processes, to each of them; the map is its own transpose."""
+    (mean,) = replicate(_Mean.apply(group, (tensor,), tensor), group)
+    return mean
+
+
 class _Replicate(torch.autograd.Function):
     """The identity; its pullback is the mean."""
 

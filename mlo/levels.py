@@ -17,11 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mlo.errors import GraphError
+from mlo.synchronized import SynchronizedBatchNorm
 
 Tensors = tuple[Tensor, ...]
 """A level's variables, or a cotangent of them: one tensor a parameter, in the order of `named_parameters()`."""
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SynchronizedBatchNorm)
 
 
 class Variables:

@@ -23,8 +23,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,12 +38,14 @@ from typing import Any, ClassVar, Protocol
 import numpy
 import torch
 
+from mlo.distributed import Group, agreed, from_first, rank_of, whole_world
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, InteropError, MloError
 from mlo.files import write_text
 from mlo.graph import Graph
 from mlo.interop.betty import PACKAGE, betty_engine, check_betty
 from mlo.recipes import Recipe, dump_recipe
+from mlo.synchronized import synchronize_batch_norm
 from mlo.tracking import Callback, JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
 from mlo.version import __version__
 
@@ -110,18 +114,33 @@ class Experiment(abc.ABC):
 class Run:
     """A recipe at work in a folder.
 
+    In a job of several processes each executes the same code. The first one writes into the run's folder, the others
+    into folders of their own that are thrown away.
+
     Args:
         folder: of the run; made by `begin`, found by `resume`.
         recipe: resolved.
         name: of the recipe, as the user called it.
         progress: show progress bars.
+
+    Attributes:
+        home: the folder of the run.
+        folder: where this process writes: the folder of the run, or one of its own.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, name: str, *, progress: bool = True) -> None:
+        self.home = folder
         self.folder = folder
         self.recipe = recipe
         self.name = name
-        self._progress = progress
+        self._group = whole_world()
+        self._progress = progress and rank_of(self._group) == 0
+        if rank_of(self._group) > 0:
+            self._scratch = tempfile.TemporaryDirectory(prefix="mlo-", ignore_cleanup_errors=True)
+            self.folder = Path(self._scratch.name)
+            for file in ("recipe.yaml", "metrics.jsonl"):
+                if (folder / file).exists():
+                    shutil.copy(folder / file, self.folder)
         self._engine: Trained | None = None
         self._signal: int | None = None
 
@@ -133,21 +152,33 @@ class Run:
             MloError: the folder exists and is not empty.
         """
         path = Path(folder)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise MloError(
-                f"{path}: expected a new or empty folder for the run; found files. Choose another --output, or go on "
-                f"with that run: mlo resume {path}"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        # The name and the digest stand in comments, so that the file is the recipe and nothing else.
-        text = dump_recipe(recipe)
-        write_text(path / "recipe.yaml", f"# {name}\n# {_DIGEST}{_digest(text)}\n{text}")
+
+        def make() -> str | None:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                return (
+                    f"{path}: expected a new or empty folder for the run; found files. Choose another --output, or go "
+                    f"on with that run: mlo resume {path}"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            # The name and the digest stand in comments, so that the file is the recipe and nothing else.
+            text = dump_recipe(recipe)
+            write_text(path / "recipe.yaml", f"# {name}\n# {_DIGEST}{_digest(text)}\n{text}")
+            return None
+
+        refused = from_first(make, whole_world())
+        if refused is not None:
+            raise MloError(refused)
         return cls(path, recipe, name, progress=progress)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the only process, or the one of several that speaks and writes."""
+        return rank_of(self._group) == 0
 
     @property
     def finished(self) -> bool:
         """Whether the run has its result."""
-        return is_finished(self.folder)
+        return is_finished(self.home)
 
     def execute(self, experiment: Experiment) -> dict[str, Any]:
         """Run or go on with the experiment, and write its result.
@@ -167,12 +198,13 @@ class Run:
             "versions": versions(self.recipe.engine),
         }
         write_json(self.folder / RESULT, result)
-        experiment.report(self)
+        if self.is_first:
+            experiment.report(self)
         return result
 
     def result(self) -> dict[str, Any]:
         """Return the result of a finished run."""
-        return dict(json.loads((self.folder / RESULT).read_text(encoding="utf-8")))
+        return dict(json.loads((self.home / RESULT).read_text(encoding="utf-8")))
 
     def train(
         self, phase: str, graph: Graph, rounds: int, *, until: Callable[[], bool] | None = None, **options: Any
@@ -194,13 +226,18 @@ class Run:
         """
         self._check_signal()
         if self.recipe.engine == "betty" and len(graph.levels) > 1:
+            if self._group is not None:
+                raise InteropError("engine: expected 'mlo' in a job of several processes; found 'betty'")
             return self._train_with_betty(phase, graph, rounds, until, options)
+        if self._group is not None and self.recipe.synchronize_batch_norm:
+            for level in graph.levels:
+                synchronize_batch_norm(level.module)
         engine = Engine(
             graph, seed=self.recipe.seed, device=self.recipe.device, precision=self.recipe.precision, **options
         )
         self._engine = engine  # from here on a signal stops it
         self._check_signal()
-        checkpoints = Checkpoints(self.folder / "checkpoints", phase)
+        checkpoints = Checkpoints(self.home / "checkpoints", phase, self._group)
         checkpoints.restore(engine)
         if engine.rounds_done >= rounds or (until is not None and until()):
             return engine
@@ -282,7 +319,7 @@ class Run:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Refuse a second process in the same folder (where the platform has file locks)."""
-        if sys.platform == "win32":
+        if sys.platform == "win32" or not self.is_first:
             yield
             return
         with (self.folder / "recipe.yaml").open(encoding="utf-8") as file:
@@ -302,8 +339,8 @@ class Run:
             return
 
         def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-            if self._signal is not None:
-                raise KeyboardInterrupt  # asked twice
+            if self._signal is not None and self._group is None:
+                raise KeyboardInterrupt  # asked twice; of several processes each is asked by terminal and by torchrun
             self._signal = number
             if self._engine is not None:
                 self._engine.stop()
@@ -316,8 +353,9 @@ class Run:
                 signal.signal(number, handler)
 
     def _check_signal(self) -> None:
-        if self._signal is not None:
-            raise Interrupted(self._signal)
+        number = agreed(self._signal or 0, self._group)
+        if number:
+            raise Interrupted(number)
 
 
 class Checkpoints:
@@ -326,21 +364,24 @@ class Checkpoints:
     Args:
         folder: of all checkpoints.
         phase: that they belong to.
+        group: the processes that save and restore together, of which the first writes.
     """
 
-    def __init__(self, folder: Path, phase: str) -> None:
+    def __init__(self, folder: Path, phase: str, group: Group = None) -> None:
         self._folder = folder
         self._phase = phase
+        self._group = group
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint and remove all but the newest."""
         engine.save(self._folder / f"{self._phase}-{engine.rounds_done:08d}.pt")
-        for path in self._newest_first()[_KEPT_CHECKPOINTS:]:
-            path.unlink()
+        if rank_of(self._group) == 0:
+            for path in self._newest_first()[_KEPT_CHECKPOINTS:]:
+                path.unlink()
 
     def restore(self, engine: Engine) -> None:
         """Load the newest checkpoint that can be read, if there is one."""
-        for path in self._newest_first():
+        for path in from_first(self._newest_first, self._group):
             try:
                 engine.load(path)
             except CheckpointError as error:

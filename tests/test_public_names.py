@@ -10,7 +10,7 @@ def test_exports():
         "CheckpointError", "Claim", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference",
         "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output",
         "Penalty", "Problem", "ProcessLostError", "RecipeError", "Response", "SAMA", "Step", "Tensors",
-        "Unroll", "__version__", "register_optimizer",
+        "Unroll", "__version__", "register_optimizer", "synchronize_batch_norm",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)
 

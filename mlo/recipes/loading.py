@@ -40,6 +40,8 @@ class Recipe(RecipePart):
             `mlo`.
         diagnostics_every: rounds from one comparison of the hypergradients with the exact ones to the next, or None.
         checkpoint_every: rounds from one checkpoint to the next.
+        synchronize_batch_norm: in several processes, normalize over the batches of all, as one process would; false
+            lets each normalize over its own, which is faster.
         threads: of torch on the CPU, or None to leave them as they are; small kernels run fastest on one.
     """
 
@@ -53,6 +55,7 @@ class Recipe(RecipePart):
     engine: Literal["mlo", "betty"] = "mlo"
     diagnostics_every: PositiveInt | None = None
     checkpoint_every: PositiveInt = 50
+    synchronize_batch_norm: bool = True
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     @field_validator("device")

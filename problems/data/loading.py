@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mlo import MloError
+from mlo.distributed import rank_of, whole_world
 from mlo.randomness import isolated, random_key, seed_generators
 from problems.data.images import Batch
 
@@ -40,12 +41,14 @@ class _Requests:
         size: images in the data set.
         batch_size: images.
         shuffle: in random order and without the last incomplete batch.
+        share: which part of each batch this process loads, and how many parts there are.
         key: of the epoch.
     """
 
     size: int
     batch_size: int
     shuffle: bool
+    share: tuple[int, int] = (0, 1)
     key: int = 0
 
     def __len__(self) -> int:
@@ -56,8 +59,11 @@ class _Requests:
         if self.shuffle:
             generator = torch.Generator().manual_seed(random_key(self.key, "order"))
             order = torch.randperm(self.size, generator=generator).tolist()
+        index, num = self.share
+        part = self.batch_size // num
         for number in range(len(self)):
-            yield _Request(self.key, order[number * self.batch_size : (number + 1) * self.batch_size])
+            begin = number * self.batch_size + index * part
+            yield _Request(self.key, order[begin : begin + part])
 
 
 class _Batches(Dataset[Any]):
@@ -98,12 +104,21 @@ class Loader:
         batch_size: images.
         shuffle: in random order and without the last incomplete batch.
         num_workers: processes, or 0. They are started with the first epoch and kept for the later ones.
+        share: which part of each batch this process loads, and how many parts there are.
     """
 
-    def __init__(self, images: Dataset[Batch], batch_size: int, *, shuffle: bool, num_workers: int) -> None:
+    def __init__(
+        self,
+        images: Dataset[Batch],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        num_workers: int,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self.images = images
         self.num_workers = num_workers
-        self._requests = (len(cast("Sized", images)), batch_size, shuffle)
+        self._requests = (len(cast("Sized", images)), batch_size, shuffle, share)
         self._pools: list[_Pool] = []  # one for each iteration that ever went on at a time
         self._idle: list[_Pool] = []
         # A pool that the garbage collector takes apart cannot tell its workers to stop, and waits seconds for each. The
@@ -157,6 +172,9 @@ def _release(*pools: list[_Pool]) -> None:
 def loader(images: Dataset[Batch], batch_size: int, *, shuffle: bool = True, num_workers: int = 0) -> Loader:
     """Batch images; shuffled, the last incomplete batch is left out, in order it is kept.
 
+    Where several processes train together (`torch.distributed` is initialized), each loads its part of every batch that
+    is shuffled, and all of those in order, which are for tests.
+
     Args:
         images: items of one shape, such as `Splits.augmented` returns them.
         batch_size: images.
@@ -164,7 +182,7 @@ def loader(images: Dataset[Batch], batch_size: int, *, shuffle: bool = True, num
         num_workers: processes that load, or 0 to load in the main process. The batches are the same.
 
     Raises:
-        MloError: there are fewer images than a batch holds.
+        MloError: there are fewer images than a batch holds, or the processes cannot share a batch evenly.
     """
     size = len(cast("Sized", images))
     if shuffle and size < batch_size:
@@ -172,7 +190,13 @@ def loader(images: Dataset[Batch], batch_size: int, *, shuffle: bool = True, num
             f"batch_size: expected at least one batch in each part of the data; found batches of {batch_size} images "
             f"and a part of {size}"
         )
-    return Loader(images, batch_size, shuffle=shuffle, num_workers=num_workers)
+    world = whole_world()
+    share = (rank_of(world), torch.distributed.get_world_size()) if world is not None and shuffle else (0, 1)
+    if batch_size % share[1]:
+        raise MloError(
+            f"batch_size: expected a multiple of the {share[1]} processes, which share each batch; found {batch_size}"
+        )
+    return Loader(images, batch_size, shuffle=shuffle, num_workers=num_workers, share=share)
 
 
 class Together:

@@ -1,0 +1,79 @@
+"""Batch normalization over the batches of all processes, differentiable any number of times.
+
+`torch.nn.SyncBatchNorm` runs on GPUs only and has no second derivative. Called by the runs of recipes, and by users.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlo.distributed import mean_everywhere, whole_world
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """`torch.nn.BatchNorm1d`, `2d` or `3d`, with the statistics of equally large batches in all processes.
+
+    Args:
+        like: the module whose parameters, buffers and settings it takes over.
+    """
+
+    def __init__(self, like: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__(like.num_features, like.eps, like.momentum, affine=False, track_running_stats=False)
+        self.affine, self.track_running_stats = like.affine, like.track_running_stats
+        self._parameters, self._buffers = like._parameters, like._buffers
+        self.train(like.training)
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of shape (batch, channels, ...), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Normalize an input of shape (batch, channels, ...)."""
+        group = whole_world()
+        if group is None or not (self.training or self.running_mean is None):
+            normalized: Tensor = super().forward(input)
+            return normalized
+        self._check_input_dim(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        mean = mean_everywhere(x.mean(axes), group)
+        centred = x - mean.view(shape)
+        variance = mean_everywhere(centred.square().mean(axes), group)
+        if self.training and self.track_running_stats:
+            self._track(mean, variance, x.numel() // x.shape[1] * torch.distributed.get_world_size(group))
+        y = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        running: Any = self
+        running.num_batches_tracked += 1
+        momentum = 1 / float(running.num_batches_tracked) if self.momentum is None else self.momentum
+        running.running_mean.lerp_(mean, momentum)
+        running.running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
+
+
+def synchronize_batch_norm(module: nn.Module) -> nn.Module:
+    """Let a module normalize over the batches of all processes; parameters and buffers stay the same objects.
+
+    Args:
+        module: whose batch normalizations are replaced, in place.
+
+    Returns:
+        The module, or what replaces it.
+    """
+    if type(module) in _PLAIN:
+        return SynchronizedBatchNorm(module)  # type: ignore[arg-type]
+    for name, child in list(module.named_children()):
+        replaced = synchronize_batch_norm(child)
+        if replaced is not child:
+            module.register_module(name, replaced)
+    return module
