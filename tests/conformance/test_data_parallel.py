@@ -107,6 +107,27 @@ def unused_and_random():
     }
 
 
+def normalized(rank=None):
+    """What a synchronized BatchNorm gives: outputs, first and second derivatives, running statistics."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    x = x.flatten(0, 1) if rank is None else x[rank]
+    norm = nn.Sequential(nn.BatchNorm1d(3).double())
+    nn.init.uniform_(norm[0].weight)
+    module = norm if rank is None else mlo.synchronize_batch_norm(norm)
+
+    def loss(levels, batch):
+        y = levels.w(batch * levels.scale.weight.view(1, 3, 1))
+        return (y.sin() * batch.square()).mean()
+
+    scale = nn.Linear(1, 3, bias=False).double()
+    low = mlo.Problem("w", module, loss, torch.optim.SGD(module.parameters(), 0.1), [x], hypergradient=mlo.Unroll())
+    top = mlo.Problem("scale", scale, loss, torch.optim.SGD(scale.parameters(), 0.1), [x])
+    engine = mlo.Engine(mlo.Graph([low, top], [mlo.Edge("scale", "w"), mlo.Edge("w", "scale")]), seed=0, device="cpu")
+    engine.run(2, progress=False)
+    return flat([scale.weight.detach(), *(p.detach() for p in module.parameters()), *module.buffers()])
+
+
 def stopped(rank):
     """One process is asked to stop."""
     engine = build(CASES[0], rank)
@@ -131,8 +152,13 @@ def in_process(rank, folder):
         alone = results(build(CASES[1], rank, group=None))
         check = build(CASES[2], rank).check(directions=2, progress=False).passed
         everything = {
-            "results": found, "other": other, "alone": alone, "check": check, "stopped": stopped(rank)
-        }  # fmt: skip
+            "results": found,
+            "other": other,
+            "alone": alone,
+            "check": check,
+            "stopped": stopped(rank),
+            "normalized": normalized(rank),
+        }
         torch.save(everything, f"{folder}/results{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -183,6 +209,11 @@ def test_metrics_and_running_statistics_are_means_and_draws_are_not_shared(proce
     assert first["drawn"] != second["drawn"]
     assert torch.equal(first["running"], second["running"])
     assert (first["running"] > 0.3).all()  # a tenth of the mean of 0 and 10
+
+
+def test_synchronized_batch_normalization(processes):
+    for of_rank in processes[1]:
+        assert relative_error(of_rank["normalized"], normalized()) < 1e-10
 
 
 def test_a_process_may_stay_alone(processes):

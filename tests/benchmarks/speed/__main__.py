@@ -17,10 +17,11 @@ import torch
 
 from mlo.figures import save_figure
 
-from . import cleaning, depth, overhead, unrolling
+from . import cleaning, depth, lbt_step, overhead, unrolling
 from .report import Benchmark, Result, describe, machine
 
 BENCHMARKS: tuple[Benchmark, ...] = (
+    *lbt_step.BENCHMARKS,
     overhead.BENCHMARK,
     depth.BENCHMARK,
     unrolling.BENCHMARK,

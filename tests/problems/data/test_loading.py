@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 import mlo
 from mlo.streams import Stream
 from problems.data import Images, Together, digits, loader
+from problems.data.loading import Loader
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,15 @@ def test_loaders_batch_and_shuffle():
     assert torch.equal(torch.cat([y for _, y in ordered]), torch.arange(10))
     with pytest.raises(mlo.MloError, match="found batches of 11 images and a part of 10"):
         loader(images, 11)
+
+
+def test_processes_share_a_batch():
+    def epoch(*share):
+        torch.manual_seed(3)
+        return list(Loader(Noisy(9), 4, shuffle=True, num_workers=0, share=share))
+
+    for whole, first, second in zip(epoch(0, 1), epoch(0, 2), epoch(1, 2), strict=True):
+        assert values([torch.cat(halves) for halves in zip(first, second, strict=True)]) == values(whole)
 
 
 def test_together_is_as_long_as_the_longest():
