@@ -38,6 +38,7 @@ from mlo.distributed import from_first, whole_world
 from mlo.drawing import describe_graph, draw_graph
 from mlo.engine import Engine
 from mlo.errors import MloError, RecipeError
+from mlo.files import alone
 from mlo.graph import Graph
 from mlo.launching import is_launched, joined
 from mlo.launching import launch as start_processes
@@ -280,11 +281,15 @@ def sweep(
     campaign = check_folder(campaign, output)
     cluster = parse_cluster(slurm, jobs) if slurm else None
     runs = plan_runs(campaign, _load, lambda loaded: _checked_graph(loaded, _experiment(loaded)))
-    folders = prepare(campaign, runs, output, _load)
-    if cluster is not None:
-        _summarize(submit(folders, output, cluster, retries=retries))
-        return
-    execution = run_here(folders, jobs=jobs or 1, retries=retries, say=click.echo)
+    output.mkdir(parents=True, exist_ok=True)
+    with alone(
+        output, f"{output}: expected no other sweep at work in this folder; found one. Wait for it, or stop it."
+    ):
+        folders = prepare(campaign, runs, output, _load)
+        if cluster is not None:
+            _summarize(submit(folders, output, cluster, retries=retries))
+            return
+        execution = run_here(folders, jobs=jobs or 1, retries=retries, say=click.echo)
     failed = _summarize(execution.outcomes)
     if execution.interruption is not None:
         words = ["mlo", "sweep", recipe, "--seeds", seeds, *(word for text in vary for word in ("--vary", text))]
@@ -335,7 +340,11 @@ def _name(recipe: str) -> str:
 def _find_genotype(subject: str) -> str:
     """Return what a recipe's `genotype` is to be: what is in a run's folder or in a file, or a name."""
     path = Path(subject)
+    if not path.exists() and ("/" in subject or path.suffix == ".json"):
+        raise MloError(f"{subject}: expected a run's folder, a genotype.json or a published name; found no such file")
     if path.is_dir():
+        if not (path / "recipe.yaml").is_file():
+            raise MloError(f"{path}: expected the folder of a run; found no recipe.yaml in it")
         path = path / "genotype.json"
         if not path.is_file():
             raise MloError(

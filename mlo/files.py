@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mlo.errors import MloError
+
+if sys.platform != "win32":  # which has no such locks
+    import fcntl
 
 
 @contextmanager
@@ -21,6 +27,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: str | os.PathLike[str], refusal: str) -> Iterator[None]:
+    """Be the only process in such a block for a file or folder (where the platform has file locks).
+
+    Args:
+        path: of one that is there; a file must not be replaced meanwhile.
+        refusal: of the error, if there is another process.
+
+    Raises:
+        MloError: another process is in such a block.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MloError(refusal) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

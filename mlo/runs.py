@@ -11,6 +11,7 @@ The folder:
     metrics.jsonl   one line a round, of all phases
     tensorboard/    the same as events
     checkpoints/    PHASE-ROUND.pt, the two newest of each phase
+    held.json       fingerprints of what the run depends on, such as its images
     result.json     written last: a run that has it is finished
 """
 
@@ -25,7 +26,6 @@ import platform
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import warnings
@@ -41,7 +41,7 @@ import torch
 from mlo.distributed import Group, agreed, from_first, rank_of, whole_world
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, InteropError, MloError
-from mlo.files import write_text
+from mlo.files import alone, write_text
 from mlo.graph import Graph
 from mlo.interop.betty import PACKAGE, betty_engine, check_betty
 from mlo.recipes import Recipe, dump_recipe
@@ -49,12 +49,10 @@ from mlo.synchronized import synchronize_batch_norm
 from mlo.tracking import Callback, JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
 from mlo.version import __version__
 
-if sys.platform != "win32":  # which has no such locks
-    import fcntl
-
 RESULT = "result.json"
 """The file that a finished run has."""
 
+_HELD = "held.json"
 _KEPT_CHECKPOINTS = 2
 _DIGEST = "sha256 "
 
@@ -303,6 +301,27 @@ class Run:
                 stack.enter_context(TensorBoard(self.folder / "tensorboard", f"{phase}/", rounds_done)),
             ]
 
+    def holds(self, what: str, fingerprint: str) -> None:
+        """Write down what the run depends on beside its recipe, such as its data; a run that goes on must find the same.
+
+        Args:
+            what: for messages.
+            fingerprint: different if it is another one.
+
+        Raises:
+            MloError: the run began with another one.
+        """
+        path = self.home / _HELD
+        held = from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, self._group)
+        if held.setdefault(what, fingerprint) != fingerprint:
+            raise MloError(
+                f"{self.home}: expected the {what} that the run began with; found others, so that what it was trained on "
+                f"and what it is tested on would no longer be apart. Bring them back, or begin a new run: mlo run "
+                f"{self.home / 'recipe.yaml'}"
+            )
+        if self.is_first:
+            write_json(path, held)
+
     def seconds(self, phase: str) -> float:
         """Return the time that a phase's rounds took, interruptions left out."""
         lines = read_metrics(self.folder / "metrics.jsonl")
@@ -319,17 +338,11 @@ class Run:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Refuse a second process in the same folder (where the platform has file locks)."""
-        if sys.platform == "win32" or not self.is_first:
+        if not self.is_first:
             yield
             return
-        with (self.folder / "recipe.yaml").open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise MloError(
-                    f"{self.folder}: expected no other process at work in this folder; found one. Wait for it, or stop "
-                    f"it first."
-                ) from error
+        refusal = f"{self.folder}: expected no other process at work in this folder; found one. Wait for it, or stop it first."
+        with alone(self.folder / "recipe.yaml", refusal):
             yield
 
     @contextmanager

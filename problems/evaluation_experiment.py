@@ -67,6 +67,7 @@ class EvaluationExperiment(Experiment):
     def run(self, run: Run) -> Mapping[str, Any]:
         """Train, test, draw and export."""
         recipe, folder, data = self.recipe, run.folder, self.data
+        run.holds("images", data.fingerprint())
         genotype = _genotype(recipe.genotype)
         write_json(folder / "genotype.json", genotype.to_json())
         draw_genotype(folder, genotype)

@@ -83,6 +83,7 @@ class SearchExperiment(Experiment):
     def run(self, run: Run) -> Mapping[str, Any]:
         """Search, evaluate, and write the pictures."""
         recipe, folder, data = self.recipe, run.folder, self.data
+        run.holds("images", data.fingerprint())
         phases: list[str] = []
         architecture: Architecture | None = None
         for index in range(recipe.space.num_stages):

@@ -40,13 +40,6 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert {path.name for path in (tmp_path / "two").iterdir()} == written
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_path):
-    refused = run(tmp_path / "run", "--launch", "2", "--set", "batch_size=33")
-    assert refused.returncode != 0
-    assert "batch_size: expected a multiple of the 2 processes, which share each batch; found 33" in refused.stderr
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_started_command_is_the_same_without_launch():
     assert _without_launch(["run", "a", "--launch", "2", "--quiet"]) == ["run", "a", "--quiet"]
     assert _without_launch(["run", "--launch=4", "a"]) == ["run", "a"]

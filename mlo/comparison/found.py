@@ -125,4 +125,5 @@ def _state(folder: Path) -> str:
     """Say how far an unfinished run has come."""
     metrics = folder / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else []
-    return f"{lines[-1]['phase']}, round {lines[-1]['round']}" if lines else "not begun"
+    last = lines[-1] if lines else {}
+    return f"{last['phase']}, round {last['round']}" if "phase" in last and "round" in last else "not begun"

@@ -5,6 +5,7 @@ Called by `mlo.comparison.tables` and `mlo.cli`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,7 @@ def group_runs(runs: Sequence[FoundRun], group_by: Sequence[str] = ()) -> list[G
         MloError: no run has a setting of `group_by`.
     """
     known = {key for run in runs for key in run.settings}
+    known |= {key[:place] for key in known for place, letter in enumerate(key) if letter == "."}
     for key in group_by:
         if key not in known:
             raise MloError(f"--group-by {key}: expected a setting of the runs' recipes{did_you_mean(key, known)}")
@@ -93,7 +95,7 @@ def show_value(value: Any) -> str:
 def _group(recipe: str, keys: Sequence[str], runs: Sequence[FoundRun]) -> Group:
     return Group(
         recipe,
-        {key: runs[0].settings[key] for key in keys if key in runs[0].settings},
+        {key: value for key in keys if (value := _setting(runs[0], key)) is not None or key in runs[0].settings},
         tuple(run for run in runs if run.result is not None),
         tuple(run for run in runs if run.result is None),
     )
@@ -119,10 +121,18 @@ def _differing(runs: Sequence[FoundRun]) -> list[str]:
 
 def _identity(run: FoundRun, key: str) -> str:
     """A text that is equal for equal values; numbers that are equal are, and so is the absence of a setting."""
-    if key not in run.settings:
+    value = _setting(run, key)
+    if value is None and key not in run.settings:
         return ""
-    value = run.settings[key]
     return repr(float(value)) if is_number(value) else json.dumps(value)
+
+
+def _setting(run: FoundRun, key: str) -> Any:
+    """The value of a setting; for one that has settings inside, a short name that is equal for equal ones."""
+    if key in run.settings:
+        return run.settings[key]
+    inside = {name: value for name, value in run.settings.items() if name.startswith(f"{key}.")}
+    return f"#{hashlib.sha256(json.dumps(inside, sort_keys=True).encode()).hexdigest()[:6]}" if inside else None
 
 
 def _rank(value: Any) -> tuple[int, float, str]:

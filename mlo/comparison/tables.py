@@ -86,8 +86,8 @@ def _notes(groups: Sequence[Group], columns: Sequence[Column], has_sources: bool
         title = " ".join(text for text in (group.recipe, group.label) if text)
         if len(group.finished) > group.num_seeds:
             notes.append(
-                f"{title}: {len(group.finished)} finished runs of {group.num_seeds} seeds; the runs of a seed count as "
-                f"their mean."
+                f"{title}: {len(group.finished)} finished runs of {group.num_seeds} seed"
+                f"{'s' * (group.num_seeds > 1)}; the runs of a seed count as their mean."
             )
         for column in columns:
             estimate = column.estimate(group)

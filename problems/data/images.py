@@ -5,6 +5,7 @@ A data set's parts are of these types; `problems.data.splits` hands them out tra
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from abc import abstractmethod
 from pathlib import Path
@@ -44,6 +45,14 @@ class LabelledImages(Dataset[Batch]):
     @abstractmethod
     def image(self, index: int) -> Tensor:
         """Return one image, shape (channels, height, width)."""
+
+    def fingerprint(self) -> str:
+        """Return what is different if other images, or the same ones otherwise labelled or ordered, stand here."""
+        return hashlib.sha256(repr((self.labels.tolist(), self._names())).encode()).hexdigest()
+
+    def _names(self) -> object:
+        """What tells the images apart, beside their labels."""
+        return None
 
     @abstractmethod
     def subset(self, indices: Tensor) -> LabelledImages:
@@ -91,6 +100,9 @@ class ImageFiles(LabelledImages):
         super().__init__(labels)
         self.paths = paths
 
+    def _names(self) -> object:
+        return [Path(path).parts[-2:] for path in self.paths]  # the data may be moved
+
     def image(self, index: int) -> Tensor:
         """Decode one image to RGB, uint8, shape (3, height, width).
 
@@ -105,7 +117,8 @@ class ImageFiles(LabelledImages):
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
             raise MloError(
                 f"image {path}: expected a complete image file (JPEG, PNG, ...) in the folder of its class; found one "
-                f"of {_size(path)} that cannot be decoded ({error}). Copy the file again, or delete it."
+                f"of {_size(path)} that cannot be decoded ({error}). Copy the file again; or delete it and "
+                f"begin the run anew, as the images are then split otherwise."
             ) from error
         return pixels
 

@@ -5,6 +5,7 @@ Each data set (`digits`, `cifar`, `folders`) builds a `Splits`; the problems ask
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,6 +57,18 @@ class Splits:
     def num_classes(self) -> int:
         """Classes."""
         return len(self.class_names)
+
+    def fingerprint(self) -> str:
+        """Return what is different if any part consists of other images."""
+        parts = (
+            self.teacher_train,
+            self.student_train,
+            self.validation,
+            self.unlabelled,
+            self.test,
+            self.evaluation_train,
+        )
+        return hashlib.sha256("".join(part.fingerprint() for part in parts).encode()).hexdigest()
 
     def augmented(self, part: LabelledImages) -> Dataset[Batch]:
         """Return a part with the search's augmentation of training images."""

@@ -113,7 +113,7 @@ def load_network(path: str | os.PathLike[str]) -> EvaluationNetwork:
             f"{where}: expected the description of an exported network; {place + ': ' if place else ''}{first['msg']}. "
             f"Export it again."
         ) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # of torch, for sizes out of all bounds
         raise MloError(f"{where}: expected the description of an exported network; {error}") from error
     where = folder / WEIGHTS
     if hashlib.sha256(weights).hexdigest() != description.weights_sha256:

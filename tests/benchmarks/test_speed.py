@@ -5,8 +5,9 @@ import math
 from functools import partial
 
 import pytest
+import torch
 
-from .speed import cleaning, depth, overhead, unrolling
+from .speed import cleaning, depth, lbt_step, overhead, unrolling
 from .speed.__main__ import BEGIN, BENCHMARKS, END, main, run, write
 from .speed.memory import MEASURABLE, peak, peak_here
 from .speed.report import Benchmark, agree, line_chart
@@ -38,6 +39,45 @@ def test_times_beside_the_loop_by_hand(name):
     else:
         assert numbers[name]["agreement"] < depth.AGREEMENT
         assert len(rows(text, "3 ")[0]) == 2
+
+
+def passes(module):
+    """Count the forward passes of a module and the backward passes that reach its output."""
+    counts = [0, 0]
+
+    def forward(module, args, output):
+        counts[0] += 1
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    def backward(gradient):
+        counts[1] += 1
+
+    module.register_forward_hook(forward)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "student"),
+    [
+        ("authors' schedule, plain supernet", [14, 12], [7, 5]),
+        ("10 forward and 8 backward passes alone", [5, 5], [5, 3]),
+        ("Betty, our supernet", None, None),
+        ("mlo", [5, 5], [7, 3]),
+    ],
+)
+def test_passes_of_a_step(name, teacher, student):
+    library, cell, memory_format, make = lbt_step.LBT[name]
+    if library == "Betty":
+        pytest.importorskip("betty")
+    networks = lbt_step.Networks.of(0, cell, memory_format)
+    work = make(networks)
+    work(1)  # what is traced once is over
+    counts = passes(networks.teacher), passes(networks.student)
+    before = [p.detach().clone() for p in networks.architecture.parameters()]
+    work(1)
+    assert not any(map(torch.equal, before, networks.architecture.parameters())) or "alone" in name
+    assert teacher is None or counts == (teacher, student)
 
 
 def test_unrolling_measures_time_and_memory():

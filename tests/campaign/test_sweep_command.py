@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlo.cli import main
+from mlo.files import alone
 
 from ..swept_experiment import ROOT, install
 
@@ -94,3 +95,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(recipe, tmp_path):
     assert f"mlo sweep {recipe} --seeds 2 --set rounds=100000" in errors
     saved = list((out / "seed=0" / "checkpoints").iterdir())
     assert len(saved) == 1
+
+
+def test_two_sweeps_at_once_in_one_folder_are_refused(recipe, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with alone(out, "never seen"):
+        refused = sweep(recipe, out, "--seeds", 1)
+    assert refused.exit_code == 2
+    assert f"{out}: expected no other sweep at work in this folder; found one." in " ".join(refused.output.split())
+    assert not list(out.iterdir())

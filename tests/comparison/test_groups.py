@@ -131,3 +131,19 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path):
     (group,) = group_runs(find_runs([tmp_path]))
     assert group.figures("test_error") == {0: 3.0, 1: 5.0}
     assert group.num_seeds == 2
+
+
+def test_a_setting_may_have_settings_inside(tmp_path):
+    """Two found cells are two groups, beside a published one."""
+    cells = [{"genotype": {"normal": [["skip", 0]]}}, {"genotype": {"normal": [["skip", 1]]}}, {"genotype": "NASNet"}]
+    found = groups_of(tmp_path, *cells, {"genotype": {"normal": [["skip", 0]]}}, group_by=("genotype",))
+    by_label = dict(labels(found))
+    assert sorted(by_label.values()) == [[0, 3], [1], [2]]
+    assert by_label["genotype=NASNet"] == [2]
+    assert all(label.startswith("genotype=#") for label in by_label if "NASNet" not in label)
+
+
+def test_metrics_of_another_kind_do_not_end_a_report(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text('{"a": 1}\n')
+    assert find_runs([tmp_path])[0].state == "not begun"

@@ -4,9 +4,11 @@ import csv
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from mlo.cli import main
 from mlo.recipes import installed_problems, load_recipe
@@ -107,3 +109,30 @@ def test_mistakes_are_named_and_nothing_is_written(subject, content, message, tm
     assert done.exit_code == 2
     assert message in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    """They would be split otherwise, and the test would be on images that were trained on."""
+    for label in ("a", "b"):
+        (tmp_path / "data" / "train" / label).mkdir(parents=True)
+        for index in range(10):
+            image = Image.fromarray(np.full((8, 8, 3), 20 * index + (100 if label == "b" else 0), dtype=np.uint8))
+            image.save(tmp_path / "data" / "train" / label / f"{index}.png")
+    data = f"data={{kind: image_folder, root: {tmp_path / 'data'}, image_size: 8, test_fraction: 0.2}}"
+    out = tmp_path / "run"
+    begun = invoke("evaluate", "PDARTS", "--output", str(out), "--set", data, "--set", "evaluation.batch_size=8")
+    assert begun.exit_code == 0, begun.output
+    (out / "result.json").unlink()
+    again = CliRunner().invoke(main, ["resume", str(out), "--quiet"])
+    assert again.exit_code == 0, again.output
+    (out / "result.json").unlink()
+    (tmp_path / "data" / "train" / "a" / "3.png").unlink()
+    refused = CliRunner().invoke(main, ["resume", str(out), "--quiet"])
+    assert refused.exit_code == 2
+    assert "expected the images that the run began with; found others" in " ".join(refused.output.split())
+    assert not (out / "result.json").exists()
+
+
+def test_a_subject_that_is_nowhere_and_a_folder_that_is_no_run(tmp_path):
+    assert "found no such file" in invoke("evaluate", str(tmp_path / "nosuch")).output
+    assert "found no recipe.yaml in it" in invoke("evaluate", str(tmp_path)).output

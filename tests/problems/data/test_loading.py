@@ -80,6 +80,16 @@ def test_processes_share_a_batch():
         assert values([torch.cat(halves) for halves in zip(first, second, strict=True)]) == values(whole)
 
 
+def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
+    monkeypatch.setattr("problems.data.loading.whole_world", lambda: "a group")
+    monkeypatch.setattr("problems.data.loading.rank_of", lambda group: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    with pytest.raises(mlo.MloError, match="expected a multiple of the 2 processes, which share each batch; found 3"):
+        loader(Noisy(9), 3)
+    assert len(next(iter(loader(Noisy(9), 4)))[1]) == 2
+    assert len(next(iter(loader(Noisy(9), 3, shuffle=False)))[1]) == 3  # each process sees all test images
+
+
 def test_together_is_as_long_as_the_longest():
     long = loader(Images(torch.zeros(8, 1, 1, 1), torch.arange(8)), 2, shuffle=False)
     short = loader(Images(torch.zeros(3, 1, 1, 1), torch.arange(3)), 2, shuffle=False)
