@@ -343,9 +343,12 @@ def _find_genotype(subject: str) -> str:
     if not path.exists() and ("/" in subject or path.suffix == ".json"):
         raise MloError(f"{subject}: expected a run's folder, a genotype.json or a published name; found no such file")
     if path.is_dir():
-        if not (path / "recipe.yaml").is_file():
-            raise MloError(f"{path}: expected the folder of a run; found no recipe.yaml in it")
+        is_run = (path / "recipe.yaml").is_file()
         path = path / "genotype.json"
+        if not path.is_file() and not is_run:
+            raise MloError(
+                f"{path.parent}: expected the folder of a run; found no genotype.json and no recipe.yaml in it"
+            )
         if not path.is_file():
             raise MloError(
                 f"{subject}: expected the folder of a run that has found a genotype; found no genotype.json in it. "

@@ -302,7 +302,7 @@ class Run:
             ]
 
     def holds(self, what: str, fingerprint: str) -> None:
-        """Write down what the run depends on beside its recipe, such as its data; a run that goes on must find the same.
+        """Write down what the run depends on beside its recipe, such as its data; a resumed run must find the same.
 
         Args:
             what: for messages.
@@ -315,8 +315,8 @@ class Run:
         held = from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, self._group)
         if held.setdefault(what, fingerprint) != fingerprint:
             raise MloError(
-                f"{self.home}: expected the {what} that the run began with; found others, so that what it was trained on "
-                f"and what it is tested on would no longer be apart. Bring them back, or begin a new run: mlo run "
+                f"{self.home}: expected the {what} that the run began with; found others, so that what it was trained "
+                f"on and what it is tested on would no longer be apart. Bring them back, or begin a new run: mlo run "
                 f"{self.home / 'recipe.yaml'}"
             )
         if self.is_first:
@@ -341,7 +341,10 @@ class Run:
         if not self.is_first:
             yield
             return
-        refusal = f"{self.folder}: expected no other process at work in this folder; found one. Wait for it, or stop it first."
+        refusal = (
+            f"{self.folder}: expected no other process at work in this folder; found one. Wait for it, or stop it "
+            f"first."
+        )
         with alone(self.folder / "recipe.yaml", refusal):
             yield
 

@@ -35,9 +35,9 @@ def test_command_line_flags():
     }
     assert flags == {
         "list": [],
-        "run": ["--device", "--engine", "--output", "--quiet", "--rounds", "--seed", "--set"],
-        "evaluate": ["--device", "--output", "--quiet", "--recipe", "--seed", "--set"],
-        "resume": ["--quiet"],
+        "run": ["--device", "--engine", "--launch", "--output", "--quiet", "--rounds", "--seed", "--set"],
+        "evaluate": ["--device", "--launch", "--output", "--quiet", "--recipe", "--seed", "--set"],
+        "resume": ["--launch", "--quiet"],
         "graph": ["--output", "--set"],
         "check": ["--directions", "--level", "--seed", "--set"],
         "report": ["--group-by", "--metrics", "--output"],

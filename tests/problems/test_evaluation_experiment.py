@@ -94,7 +94,7 @@ def test_an_interrupted_training_goes_on_exactly(folder, tmp_path):
     [
         ("PDART", None, "unknown genotype 'PDART': did you mean 'PDARTS'?"),
         ("gone.json", None, "gone.json"),
-        ("folder", "", "found no genotype.json in it"),
+        ("folder", "", "found no genotype.json and no recipe.yaml in it"),
         ("bad.json", "{", "bad.json: expected a genotype as JSON"),
         ("other.json", '{"normal": []}', "a genotype has the fields normal, normal_concat, reduce, reduce_concat"),
     ],
@@ -116,7 +116,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
     for label in ("a", "b"):
         (tmp_path / "data" / "train" / label).mkdir(parents=True)
         for index in range(10):
-            image = Image.fromarray(np.full((8, 8, 3), 20 * index + (100 if label == "b" else 0), dtype=np.uint8))
+            image = Image.fromarray(np.full((8, 8, 3), 20 * index + (50 if label == "b" else 0), dtype=np.uint8))
             image.save(tmp_path / "data" / "train" / label / f"{index}.png")
     data = f"data={{kind: image_folder, root: {tmp_path / 'data'}, image_size: 8, test_fraction: 0.2}}"
     out = tmp_path / "run"
@@ -135,4 +135,4 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
 
 def test_a_subject_that_is_nowhere_and_a_folder_that_is_no_run(tmp_path):
     assert "found no such file" in invoke("evaluate", str(tmp_path / "nosuch")).output
-    assert "found no recipe.yaml in it" in invoke("evaluate", str(tmp_path)).output
+    assert "found no genotype.json and no recipe.yaml in it" in invoke("evaluate", str(tmp_path)).output
