@@ -22,6 +22,7 @@ SMALL = [
 FILES = {
     "recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "genotype.json", "result.json", "cell_normal.svg",
     "cell_normal.png", "cell_reduce.svg", "cell_reduce.png", "alphas.png", "curves.png", "graph.svg", "report.html",
+    "held.json",
 }  # fmt: skip
 
 

@@ -74,8 +74,9 @@ def test_a_bundled_recipe(tmp_path: Path, write: Write, schemas: Schemas) -> Non
             "batchsize: 3",
             (
                 "batchsize: found an unknown key with the value 3, expected one of problem, description, seed, device, "
-                "precision, rounds, rollback, engine, diagnostics_every, checkpoint_every, threads, levels, "
-                "batch_size, noise, lambda, shuffle, widths, groups; did you mean 'batch_size'?"
+                "precision, rounds, rollback, engine, diagnostics_every, checkpoint_every, "
+                "synchronize_batch_norm, threads, levels, batch_size, noise, lambda, shuffle, widths, groups; "
+                "did you mean 'batch_size'?"
             ),
         ),
     ],
@@ -271,6 +272,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "engine: mlo\n"
         "diagnostics_every: null\n"
         "checkpoint_every: 50\n"
+        "synchronize_batch_norm: true\n"
         "threads: null\n"
         "levels:\n"
         "  teacher:\n"
