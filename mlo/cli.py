@@ -40,8 +40,7 @@ from mlo.engine import Engine
 from mlo.errors import MloError, RecipeError
 from mlo.files import alone
 from mlo.graph import Graph
-from mlo.launching import is_launched, joined
-from mlo.launching import launch as start_processes
+from mlo.launching import joined, start_processes
 from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
 from mlo.runs import Experiment, Interrupted, Run, check_engine, resume
 from mlo.version import __version__
@@ -123,7 +122,7 @@ def run(
         mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
         mlo run darts/digits-first --engine betty
     """  # noqa: D301
-    _launch(launch)
+    start_processes(launch)
     short = {"seed": seed, "device": device, "rounds": rounds, "engine": engine}
     _begin(recipe, overrides, short, output, quiet=quiet)
 
@@ -160,7 +159,7 @@ def evaluate(
         mlo evaluate runs/first --recipe evaluate/digits
         mlo evaluate PC_DARTS_cifar --recipe evaluate/cifar10 --seed 1
     """  # noqa: D301
-    _launch(launch)
+    start_processes(launch)
     short = {"genotype": _find_genotype(subject), "seed": seed, "device": device}
     _begin(recipe, overrides, short, output, quiet=quiet)
 
@@ -176,7 +175,7 @@ def resume_command(folder: Path, launch: int | None, quiet: bool) -> None:
     Example:
         mlo resume runs/first
     """  # noqa: D301
-    _launch(launch)
+    start_processes(launch)
     found = resume(folder, _load, progress=not quiet)
     if found.finished:
         if found.is_first:
@@ -370,12 +369,6 @@ def _begin(
     _checked_graph(loaded, experiment)  # a mistake that only this shows ends the command before anything is written
     folder = from_first(lambda: output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S")), whole_world())
     _execute(Run.begin(folder, loaded, name, progress=not quiet), experiment)
-
-
-def _launch(num_processes: int | None) -> None:
-    """Start the command again in several processes, unless this is one of them."""
-    if num_processes is not None and num_processes > 1 and not is_launched():
-        start_processes(num_processes)
 
 
 def _load(recipe: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mlo.errors import CheckpointError, ProcessLostError
+from mlo.errors import MloError, ProcessLostError
 
 T = TypeVar("T")
 Group = Any
@@ -153,11 +153,14 @@ def by_first(action: Callable[[], None], group: Group) -> None:
     """Let one process act for all of the group, which call it together; its error becomes that of all.
 
     Raises:
-        CheckpointError: the action raised it.
+        MloError: the action raised it.
     """
+    if group is None:
+        action()
+        return
     error = from_first(lambda: _error_of(action), group)
     if error is not None:
-        raise CheckpointError(error)
+        raise error
 
 
 def from_first(make: Callable[[], T], group: Group) -> T:
@@ -171,11 +174,11 @@ def from_first(make: Callable[[], T], group: Group) -> T:
     return found
 
 
-def _error_of(action: Callable[[], None]) -> str | None:
+def _error_of(action: Callable[[], None]) -> MloError | None:
     try:
         action()
-    except CheckpointError as error:
-        return str(error)
+    except MloError as error:
+        return error
     return None
 
 

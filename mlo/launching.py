@@ -23,12 +23,14 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
 
-def launch(num_processes: int) -> None:
-    """Replace this process by `torchrun` with so many processes of the same command, without its `--launch`.
+def start_processes(num_processes: int | None) -> None:
+    """Replace this process by `torchrun` with so many processes of the same command, unless it is one of them.
 
     Raises:
         MloError: on Windows, which cannot replace processes so.
     """
+    if num_processes is None or num_processes == 1 or is_launched():
+        return
     if sys.platform == "win32":
         raise MloError("--launch: expected a system with exec; found Windows. Use torchrun -m mlo run ...")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]

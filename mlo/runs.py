@@ -38,7 +38,7 @@ from typing import Any, ClassVar, Protocol
 import numpy
 import torch
 
-from mlo.distributed import Group, agreed, from_first, rank_of, whole_world
+from mlo.distributed import Group, agreed, by_first, from_first, rank_of, whole_world
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, InteropError, MloError
 from mlo.files import alone, write_text
@@ -151,9 +151,9 @@ class Run:
         """
         path = Path(folder)
 
-        def make() -> str | None:
+        def make() -> None:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                return (
+                raise MloError(
                     f"{path}: expected a new or empty folder for the run; found files. Choose another --output, or go "
                     f"on with that run: mlo resume {path}"
                 )
@@ -161,11 +161,8 @@ class Run:
             # The name and the digest stand in comments, so that the file is the recipe and nothing else.
             text = dump_recipe(recipe)
             write_text(path / "recipe.yaml", f"# {name}\n# {_DIGEST}{_digest(text)}\n{text}")
-            return None
 
-        refused = from_first(make, whole_world())
-        if refused is not None:
-            raise MloError(refused)
+        by_first(make, whole_world())
         return cls(path, recipe, name, progress=progress)
 
     @property

@@ -43,6 +43,11 @@ def depthwise(x: Tensor, kernels: Tensor, stride: int = 1, dilation: int = 1) ->
     return _apply(_Convolve, x, kernels, (stride, dilation))
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Return whether the channels of a pixel lie next to each other in memory, and are more than one."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 class _Convolve(torch.autograd.Function):
     """y(x, w)."""
 
@@ -126,6 +131,5 @@ def _padding(shape: Shape, how: How) -> int:
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
     """A tensor of the shape, of unspecified numbers, laid out as `like` is."""
-    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

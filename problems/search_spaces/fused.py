@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from problems.search_spaces.cells import PLAIN, CellPrimitives, CellShape, EdgeOperation, MixedOperation, SearchCell
-from problems.search_spaces.depthwise import depthwise
+from problems.search_spaces.depthwise import depthwise, is_channels_last
 from problems.search_spaces.genotypes import NUM_INPUTS
 from problems.search_spaces.pc_darts import PartialOperation, shuffle_channels
 from problems.search_spaces.primitives import FactorizedReduce
@@ -148,7 +148,7 @@ class _Sum:
         if self.passing is None:
             return node
         shuffled = shuffle_channels(torch.cat((node, self.passing), dim=1), self.k)
-        return shuffled.contiguous(memory_format=torch.channels_last) if _is_channels_last(node) else shuffled
+        return shuffled.contiguous(memory_format=torch.channels_last) if is_channels_last(node) else shuffled
 
 
 class _Source:
@@ -345,12 +345,8 @@ def _parts(x: Tensor, count: int) -> Sequence[Tensor]:
 def _join(quarters: Tensor) -> Tensor:
     """Put images together from their quarters."""
     count, channels, height, width = quarters.shape
-    if _is_channels_last(quarters):
+    if is_channels_last(quarters):
         rows = quarters.permute(0, 2, 3, 1).reshape(2, 2, count // 4, height, width, channels)
         return rows.permute(2, 3, 0, 4, 1, 5).reshape(count // 4, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
     rows = quarters.reshape(2, 2, count // 4, channels, height, width)
     return rows.permute(2, 3, 4, 0, 5, 1).reshape(count // 4, channels, 2 * height, 2 * width)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
