@@ -1,14 +1,12 @@
 """Two processes, each with half of every batch, are one process with the whole: every estimator, at any depth."""
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
 from torch import nn
 
 import mlo
 
+from .processes import in_two_processes
 from .quadratics import relative_error
 from .random_graphs import fit, flat
 
@@ -138,42 +136,30 @@ def stopped(rank):
 
 
 def in_process(rank, folder):
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    try:
-        found = []
-        for index, case in enumerate(CASES):
-            engine = build(case, rank)
-            found.append(results(engine))
-            if index % 4 == 1:
-                engine.save(f"{folder}/{index}.pt")
-                found[-1]["gone on"] = results(engine)
-        other = unused_and_random()
-        alone = results(build(CASES[1], rank, group=None))
-        check = build(CASES[2], rank).check(directions=2, progress=False).passed
-        everything = {
-            "results": found,
-            "other": other,
-            "alone": alone,
-            "check": check,
-            "stopped": stopped(rank),
-            "normalized": normalized(rank),
-        }
-        torch.save(everything, f"{folder}/results{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    found = []
+    for index, case in enumerate(CASES):
+        engine = build(case, rank)
+        found.append(results(engine))
+        if index % 4 == 1:
+            engine.save(f"{folder}/{index}.pt")
+            found[-1]["gone on"] = results(engine)
+    other = unused_and_random()
+    alone = results(build(CASES[1], rank, group=None))
+    check = build(CASES[2], rank).check(directions=2, progress=False).passed
+    return {
+        "results": found,
+        "other": other,
+        "alone": alone,
+        "check": check,
+        "stopped": stopped(rank),
+        "normalized": normalized(rank),
+    }
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data_parallel")
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        torch.multiprocessing.spawn(in_process, (str(folder),), nprocs=2)
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    return folder, [torch.load(folder / f"results{rank}.pt") for rank in (0, 1)]
+    return folder, in_two_processes(in_process, folder)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: f"{CASES[index][0]}, {CASES[index][1]!r}")

@@ -1,8 +1,5 @@
 """Levels sharded over two processes by FSDP2 against the same graph in one process, on the batches of both."""
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +8,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import mlo
 
+from .processes import in_two_processes
 from .quadratics import relative_error
 from .random_graphs import fit, flat
 
@@ -87,23 +85,18 @@ def results(engine):
 
 
 def in_process(rank, folder):
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    try:
-        found = []
-        for index, case in enumerate(CASES):
-            engine = build(case, rank)
-            found.append(results(engine))
-            if index not in RESUMED:
-                continue
-            engine.save(f"{folder}/{index}.pt")
-            resumed = build(case, rank)
-            resumed.load(f"{folder}/{index}.pt")
-            found[-1]["resumed"] = results(resumed)
-            found[-1]["gone on"] = results(engine)
-        torch.save({"results": found, "messages": messages(rank)}, f"{folder}/results{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    found = []
+    for index, case in enumerate(CASES):
+        engine = build(case, rank)
+        found.append(results(engine))
+        if index not in RESUMED:
+            continue
+        engine.save(f"{folder}/{index}.pt")
+        resumed = build(case, rank)
+        resumed.load(f"{folder}/{index}.pt")
+        found[-1]["resumed"] = results(resumed)
+        found[-1]["gone on"] = results(engine)
+    return {"results": found, "messages": messages(rank)}
 
 
 def messages(rank):
@@ -142,13 +135,7 @@ def clipped():
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        torch.multiprocessing.spawn(in_process, (str(folder),), nprocs=2)
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    return folder, [torch.load(folder / f"results{rank}.pt") for rank in (0, 1)]
+    return folder, in_two_processes(in_process, folder)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: f"{CASES[index][0]}, {CASES[index][1]!r}")
