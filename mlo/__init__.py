@@ -15,7 +15,7 @@ from mlo.hypergradients import (
     Penalty,
     Unroll,
 )
-from mlo.levels import Levels, Output, Tensors
+from mlo.levels import Levels, Output, Sum, Tensors
 from mlo.optimizers import register_optimizer
 from mlo.problem import Problem
 from mlo.sweep import Response, Step
@@ -46,6 +46,7 @@ __all__ = [
     "RecipeError",
     "Response",
     "Step",
+    "Sum",
     "Tensors",
     "Unroll",
     "__version__",

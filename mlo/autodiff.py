@@ -6,8 +6,7 @@ free. Everything else in the package (steps, sweeps, second-order products) is b
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlo.calls import Calls
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
-from mlo.levels import Buffers, Levels, LevelView, Output, Tensors, Variables
+from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables
 from mlo.randomness import random_key, seed_generators
 from mlo.sharding import ShardedVariables, find_variables
 
@@ -55,6 +54,7 @@ class Level:
         reads: all levels that the loss may read, detached ones included, itself excluded.
         attached: those of `reads` that are differentiated.
         hyperparameters: options of its optimizer that other levels determine, as functions of them.
+        parts: of the module, itself the first.
     """
 
     name: str
@@ -65,8 +65,10 @@ class Level:
     hyperparameters: Mapping[str, Callable[[Levels], Any]] = field(default_factory=dict)
     variables: Variables = field(init=False)
     buffers: Buffers = field(init=False)
+    parts: tuple[nn.Module, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
 
@@ -86,6 +88,7 @@ class LossCall:
         buffers: those, written down when the step is taken; until then buffers are read as they are.
         constants: values of levels read through detached edges, in force whatever values are bound.
         objective: a function to differentiate in the place of the level's loss.
+        reads: by the place of a term in the loss, the levels that it was seen to read.
     """
 
     level: str
@@ -98,6 +101,7 @@ class LossCall:
     buffers: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
     constants: Mapping[str, Tensors] = field(default_factory=dict)
     objective: Callable[[Levels, Any], Any] | None = None
+    reads: dict[int, set[str]] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[LossCall, ...]:
@@ -122,8 +126,9 @@ class LossCall:
         with ExitStack() as stack:
             for name in names:
                 level = self.levels[name]
-                stack.enter_context(level.variables.bound(values.get(name)))
-                if not (moves_buffers and name == self.level):
+                if name in values:
+                    stack.enter_context(level.variables.bound(values[name]))
+                if not (level.buffers.empty or (moves_buffers and name == self.level)):
                     stack.enter_context(level.buffers.held(self.buffers.get(name)))
             yield
 
@@ -135,6 +140,7 @@ class LossCall:
         record: Calls | None = None,
         replay: Calls | None = None,
         accessed: set[str] | None = None,
+        only: Collection[str] | None = None,
     ) -> Output:
         """Call the loss with what is in force.
 
@@ -144,6 +150,7 @@ class LossCall:
             record: takes notes of the calls of other levels' modules.
             replay: gives kept calls back where nothing has changed.
             accessed: receives the names that the loss read.
+            only: leave terms of the loss out that were seen to read none of these levels.
 
         Returns:
             The loss, a scalar that depends on what is bound, and the metrics.
@@ -152,23 +159,20 @@ class LossCall:
             GraphError: the loss reads a level without an edge, or does not return a scalar.
         """
         own, backend = self.levels[self.level], self.backend
-        used: set[int] = set()
-
-        def view(name: str) -> LevelView:
-            module = self.levels[name].module
-            if name == self.level or (record is None and replay is None):
-                return LevelView(module, module)
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if replay is not None:
-                    found, output = replay.replay(name, args, kwargs, used)
-                    return output if found else module(*args, **kwargs)
-                assert record is not None
-                return record.record(name, module, args, kwargs)
-
-            return LevelView(module, call)
-
-        levels = Levels(self.level, {name: view(name) for name in (self.level, *own.reads)}, self.progress)
+        views = {name: LevelView(module := self.levels[name].module, module) for name in (self.level, *own.reads)}
+        if replay is not None:
+            used: set[int] = set()
+            views |= {
+                name: LevelView(self.levels[name].module, replay.player(name, self.levels[name].module, used))
+                for name in own.reads
+            }
+        elif record is not None:
+            views |= {
+                name: LevelView(self.levels[name].module, record.recorder(name, self.levels[name].parts))
+                for name in own.reads
+            }
+        loss = self.objective or own.loss
+        results = []
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             if backend.autocast is not None:
@@ -177,11 +181,18 @@ class LossCall:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             # What other processes see of a batch has draws of its own; a function of variables alone has the same ones.
             rank = rank_of(backend.group) if self.objective is None else 0
-            seed_generators(random_key(self.key, rank) if rank else self.key, backend.device)
-            result = (self.objective or own.loss)(levels, self.batch)
-        if accessed is not None:
-            accessed |= levels._accessed
-        return checked_output(self.level, result)
+            for index, term in enumerate(loss.terms if isinstance(loss, Sum) else (loss,)):
+                if only is not None and index in self.reads and self.reads[index].isdisjoint(only):
+                    continue
+                key = random_key(self.key, rank, index) if rank or index else self.key
+                seed_generators(key, backend.device)
+                levels = Levels(self.level, views, self.progress)
+                results.append(checked_output(self.level, term(levels, self.batch)))
+                if self.objective is None:
+                    self.reads[index] = levels._accessed
+                if accessed is not None:
+                    accessed |= levels._accessed
+        return Sum.of(results or [torch.zeros((), device=backend.device)])
 
     def hyperparameters(
         self, values: Mapping[str, Tensors], *, create_graph: bool = False, accessed: set[str] | None = None
@@ -235,6 +246,7 @@ class LossCall:
         record: Calls | None = None,
         replay: Calls | None = None,
         follows: Sequence[str] = (),
+        only: Collection[str] | None = None,
         scale: float = 1.0,
     ) -> Iterator[Gradients]:
         """Differentiate the loss with respect to the levels `wrt`; what is bound stays in force within the block.
@@ -251,6 +263,7 @@ class LossCall:
             record: as for `evaluate`.
             replay: as for `evaluate`; cotangents of its stand-ins are returned in `leaves`.
             follows: levels read at their module's own parameters that the graph must reach, although not in `wrt`.
+            only: as for `evaluate`.
             scale: factor on the loss during the backward pass, divided out again (for fp16).
         """
         in_place = self._is_in_place(create_graph=create_graph)
@@ -283,7 +296,9 @@ class LossCall:
                 if any(t.requires_grad for t in used):
                     bound[name] = replicate(used, group)
         with self.in_force(bound, moves_buffers=moves_buffers):
-            output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay)
+            output = self.evaluate(
+                autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
+            )
             grads: Gradient = (None,) * len(flat)
             if output.loss.requires_grad and flat and in_place:
                 grads = self._backward(output.loss * scale, inputs, wrt)
@@ -433,12 +448,17 @@ def dense(gradient: Gradient, like: Sequence[Tensor]) -> Tensors:
 
 def split(flat: Gradient, sizes: Mapping[str, int]) -> dict[str, Gradient]:
     """Cut a list of gradients into those of each level, given how many each has; what is left over is left out."""
-    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
-    return {name: flat[end - sizes[name] : end] for name, end in ends.items()}
+    parts, begin = {}, 0
+    for name, size in sizes.items():
+        parts[name] = flat[begin : begin + size]
+        begin += size
+    return parts
 
 
 def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None).
+
+    Neither overflows nor underflows where the norm itself does not, and has derivative 0 at 0.
 
     Args:
         tensors: the entries.
@@ -446,9 +466,14 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     """
     given = [t for t in tensors if t is not None]
     present = [t for t in given if t.numel()] or [given[0].new_zeros(1)]  # a shard may be empty
-    largest = reduced(torch.stack([t.detach().abs().amax() for t in present]).amax(), "MAX", group)
-    unit = torch.where(largest > 0, largest, 1.0)  # so that no square under- or overflows
-    square = reduced(torch.stack([(t / unit).square().sum() for t in present]).sum(), "SUM", group)
+    with torch.no_grad():
+        largest = reduced(torch.stack(torch._foreach_norm(present, float("inf"))).amax(), "MAX", group)
+        unit = torch.where(largest > 0, largest, 1.0)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
+        squares = [(t / unit).square().sum() for t in present]
+    else:
+        squares = [n.square() for n in torch._foreach_norm(torch._foreach_div(present, unit))]
+    square = reduced(torch.stack(squares).sum(), "SUM", group)
     positive = square > 0  # the square root has no derivative at 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) * unit
 
@@ -456,6 +481,20 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
 def add(a: Gradient, b: Gradient) -> Gradient:
     """Add two gradients entry by entry, None counting as zero."""
     return tuple(y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True))
+
+
+def scaled(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
+    """Return tensors times a number; of a scalar tensor's dtype they do not take any notice."""
+    if torch.is_grad_enabled():  # the derivatives of the fused operation fail where only some of its outputs are used
+        return [t * (factor.to(t.dtype) if isinstance(factor, Tensor) else factor) for t in tensors]
+    return list(torch._foreach_mul(list(tensors), factor)) if tensors else []
+
+
+def summed(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sums of pairs of tensors."""
+    if torch.is_grad_enabled():
+        return [x + y for x, y in zip(a, b, strict=True)]
+    return list(torch._foreach_add(list(a), list(b))) if a else []
 
 
 def accumulate(total: Mapping[str, Tensors], found: Mapping[str, Tensors]) -> dict[str, Tensors]:
@@ -508,12 +547,13 @@ def checked_output(level: str, result: Any) -> Output:
     Raises:
         GraphError: it is not one floating-point number.
     """
-    output = result if isinstance(result, Output) else Output(result)
-    loss = output.loss
+    loss = result.loss if isinstance(result, Output) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
         found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise GraphError(
             f"the loss of level {level!r} must return one floating-point number, as a tensor or an mlo.Output; found "
             f"{found}. Reduce it, for example with .mean()."
         )
-    return Output(loss.reshape(()), output.metrics)
+    if loss.dim():
+        loss = loss.reshape(())
+    return replace(result, loss=loss) if isinstance(result, Output) else Output(loss)

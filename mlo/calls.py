@@ -11,6 +11,7 @@ except by another kept call. Random draws of a call that is not made are skipped
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,29 +66,45 @@ class Calls:
         """The stand-ins of all outputs, in the order of the calls."""
         return [leaf for call in self.calls for leaf in call.leaves]
 
-    def record(self, level: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the module, keep the call if it can be kept, and return its output."""
-        keepable = _is_plain((args, kwargs)) and not _is_compiled(module)
+    def recorder(self, level: str, parts: Sequence[nn.Module]) -> Callable[..., Any]:
+        """Return a function that calls a module, given as all its parts, and keeps the calls that can be kept."""
+        return lambda *args, **kwargs: self._record(level, parts, args, kwargs)
+
+    def _record(self, level: str, parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = parts[0]
+        keepable = _is_plain((args, kwargs)) and not any(map(_is_compiled, parts))
         arguments = self._note((args, kwargs)) if keepable else None
         if arguments is None:
             return module(*args, **kwargs)
-        before, kept_by_module = generator_states(self._device), _attributes(module)
+        before, attributes = generator_states(self._device), [list(vars(part).values()) for part in parts]
         output = module(*args, **kwargs)
-        if not _is_plain(output) or _attributes(module) != kept_by_module or _share_memory((args, kwargs), output):
-            return output  # a loss may go on to read what the module left in an attribute, or write through an alias
+        if not _is_plain(output) or not all(map(_same_tensors, attributes, parts)):
+            return output  # a loss may go on to read what the module left in an attribute
+        if _share_memory((args, kwargs), output):
+            return output  # or write through an alias
         after = generator_states(self._device)
         self.calls.append(Call(level, arguments, output, None if before == after else after))
         return self._hand_out(len(self.calls) - 1, lambda output, _: output.clone())
 
-    def replay(self, level: str, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> tuple[bool, Any]:
-        """Return (True, output) of a kept, not yet used call with the same arguments, else (False, None)."""
-        for index, call in enumerate(self.calls):
-            if call.level == level and index not in used and self._same(call.arguments, (args, kwargs)):
-                used.add(index)
-                if call.states is not None:
-                    set_generator_states(call.states, self._device)
-                return True, self._hand_out(index, lambda output, leaf: (output if leaf is None else leaf).clone())
-        return False, None
+    def player(self, level: str, module: nn.Module, used: set[int]) -> Callable[..., Any]:
+        """Return a function that gives kept calls of a module back, each once, and makes a call that was not kept.
+
+        Args:
+            level: whose module it is.
+            module: to call.
+            used: places of the calls given back in this evaluation, by all players of it.
+        """
+
+        def play(*args: Any, **kwargs: Any) -> Any:
+            for index, call in enumerate(self.calls):
+                if call.level == level and index not in used and self._same(call.arguments, (args, kwargs)):
+                    used.add(index)
+                    if call.states is not None:
+                        set_generator_states(call.states, self._device)
+                    return self._hand_out(index, lambda output, leaf: (output if leaf is None else leaf).clone())
+            return module(*args, **kwargs)
+
+        return play
 
     def pull_back(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Pull cotangents of `leaves` back through the kept graphs onto `inputs` (one entry each, None for zero)."""
@@ -145,14 +162,18 @@ class Calls:
         return bool(noted == given)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a part is compiled: its graph can then be gone through only once."""
-    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether a part of a module is compiled: its graph can then be gone through only once."""
+    return "_orig_mod" in part._modules or part._compiled_call_impl is not None
 
 
-def _attributes(module: nn.Module) -> list[int]:
-    """Identify the tensors that a module and its parts hold as plain attributes."""
-    return [id(value) for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+def _same_tensors(before: list[Any], part: nn.Module) -> bool:
+    """Whether a part holds the same tensors as plain attributes as it did."""
+    after = vars(part).values()
+    if len(before) == len(after) and all(map(operator.is_, before, after)):
+        return True
+    ids = [[id(value) for value in values if isinstance(value, Tensor)] for values in (before, after)]
+    return ids[0] == ids[1]
 
 
 def _share_memory(arguments: Any, output: Any) -> bool:

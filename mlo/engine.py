@@ -175,6 +175,7 @@ class Engine:
             if progress:
                 everyone.append(stack.enter_context(ProgressBar(title, self.rounds_done, self.total_rounds)))
             stack.callback(self._go_on)
+            stack.enter_context(self._at_work())
             for _ in range(rounds):
                 if agreed(self._stopping, self._backend.group):
                     break
@@ -319,10 +320,9 @@ class Engine:
         started = time.perf_counter()
         self._tallies = {}
         self._diagnosing = self._diagnostics_every is not None and self.rounds_done % self._diagnostics_every == 0
-        with self._at_work():
-            for name in self.graph.structure.tops:
-                self._begin(name)
-                self._take_steps(name)
+        for name in self.graph.structure.tops:
+            self._begin(name)
+            self._take_steps(name)
         self.rounds_done += 1
         metrics = self._averaged({name: mean(name, values) for name, values in self._tallies.items()})
         self._check_finite(metrics)

@@ -53,6 +53,7 @@ class Graph:
     def __init__(self, levels: Iterable[Problem], edges: Iterable[Edge] = ()) -> None:
         self.levels = tuple(levels)
         self.edges = tuple(edges)
+        self._by_name = {problem.name: problem for problem in self.levels}
         self._check_levels()
         self._check_edges()
         attached = [(e.source, e.target) for e in self.edges if not e.detached]
@@ -66,7 +67,7 @@ class Graph:
 
     def __getitem__(self, name: str) -> Problem:
         self.check_name(name, "level")
-        return next(problem for problem in self.levels if problem.name == name)
+        return self._by_name[name]
 
     def inside(self, name: str) -> frozenset[str]:
         """Return E(name): the levels that are solved inside `name`."""

@@ -8,7 +8,7 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -89,6 +89,11 @@ class Buffers:
             (m._buffers, key) for m in module.modules() if id(m) not in light for key in m._buffers
         ]
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to hold still."""
+        return not self._batch_norms and not self._slots
+
     def copies(self) -> tuple[Tensor | None, ...]:
         """Return copies of the buffers that a replay must find as they are now.
 
@@ -125,14 +130,14 @@ class Buffers:
         kept = [container[key] for container, key in self._slots]
         source = kept if copies is None else copies
         try:
-            for m, _ in switched:
-                m.track_running_stats = False
+            for m, _ in switched:  # past nn.Module.__setattr__, which takes long
+                m.__dict__["track_running_stats"] = False
             for (container, key), t in zip(self._slots, source, strict=True):
                 container[key] = t.clone() if t is not None else None
             yield
         finally:
             for m, tracked in switched:  # it may be within another such block
-                m.track_running_stats = tracked
+                m.__dict__["track_running_stats"] = tracked
             for (container, key), t in zip(self._slots, kept, strict=True):
                 container[key] = t
 
@@ -178,11 +183,51 @@ class Output:
     metrics: Mapping[str, Tensor | float] = field(default_factory=lambda: _NOTHING)
 
     def __post_init__(self) -> None:
-        reserved = {"loss", "learning_rate"} & self.metrics.keys()
-        if reserved:
+        if self.metrics and (reserved := {"loss", "learning_rate"} & self.metrics.keys()):
             raise GraphError(
                 f"metrics: expected names other than the engine's own; found {', '.join(sorted(reserved))}"
             )
+
+
+class Sum:
+    """A loss that is the sum of several; write one so wherever a part of it reads fewer levels than the rest.
+
+    A derivative with respect to a level is then taken of the terms alone that read it: a hypergradient through a level
+    that learns from labels and from a teacher does not repeat the part about the labels. Each term has random draws of
+    its own. Metrics are those of all terms.
+
+    Args:
+        terms: losses, at least one.
+
+    Attributes:
+        terms: the same.
+
+    Raises:
+        GraphError: there is no term.
+
+    Example:
+        >>> def fit(levels, batch): ...
+        >>> def imitate(levels, batch): ...
+        >>> loss = Sum(fit, imitate)
+    """
+
+    def __init__(self, *terms: Callable[[Levels, Any], Any]) -> None:
+        if not terms:
+            raise GraphError("Sum: expected at least one loss; found none")
+        self.terms = terms
+
+    def __call__(self, levels: Levels, batch: Any) -> Output:
+        """Return the sum and all metrics."""
+        return self.of([term(levels, batch) for term in self.terms])
+
+    @staticmethod
+    def of(results: Sequence[Any]) -> Output:
+        """Add up what terms returned."""
+        outputs = [result if isinstance(result, Output) else Output(result) for result in results]
+        if len(outputs) == 1:
+            return outputs[0]
+        metrics = {name: value for output in outputs for name, value in output.metrics.items()}
+        return Output(sum((o.loss for o in outputs[1:]), start=outputs[0].loss), metrics)
 
 
 class Levels:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlo.autodiff import Gradient, alias, norm
+from mlo.autodiff import Gradient, alias, norm, scaled, summed
 from mlo.errors import MloError
 from mlo.levels import Tensors
 from mlo.sharding import local
@@ -296,23 +296,30 @@ class Update:
         self, gradient: Gradient, cotangent: Tensors, state_cotangent: OptimizerState | None
     ) -> UpdateCotangents:
         """Pull back through `sgd`, which is linear, by its transpose: of the same numbers, without a graph."""
-        a_w, a_g = list(cotangent), [None if g is None else torch.zeros_like(g) for g in gradient]
+        a_w: list[Tensor] = list(cotangent)
+        a_g: list[Tensor | None] = [None] * len(gradient)
         a_s: list[Mapping[str, Tensor]] = list(state_cotangent or ({},) * len(cotangent))
         for bucket in self.buckets:
-            o = bucket.options
-            momentum, decay, sign = o["momentum"], o["weight_decay"], -1.0 if o["maximize"] else 1.0
-            for i in bucket.indices:
-                total = a = cotangent[i] * -o["lr"]
-                if _acts(momentum):
-                    later = a_s[i].get("momentum_buffer")
-                    total = a * momentum if o["nesterov"] else a
-                    total = total if later is None else total + later
-                    before = "momentum_buffer" in self.state[i]
-                    a_s[i] = {"momentum_buffer": momentum * total} if before else {}
-                    total = (1 - o["dampening"]) * total if before and o["dampening"] else total
-                    total = a + total if o["nesterov"] else total
-                a_w[i] = a_w[i] + decay * total if _acts(decay) else a_w[i]
-                a_g[i] = sign * total if sign < 0 else total
+            o, ids = bucket.options, bucket.indices
+            momentum, decay = o["momentum"], o["weight_decay"]
+            total = a = scaled([cotangent[i] for i in ids], -o["lr"])
+            if _acts(momentum):
+                total = scaled(a, momentum) if o["nesterov"] else a
+                later = [a_s[i].get("momentum_buffer") for i in ids]
+                total = [t if c is None else t + c for t, c in zip(total, later, strict=True)]
+                before = bool(self.state[ids[0]])
+                for i, t in zip(ids, scaled(total, momentum) if before else total, strict=True):
+                    a_s[i] = {"momentum_buffer": t} if before else {}
+                total = scaled(total, 1 - o["dampening"]) if before and o["dampening"] else total
+                total = summed(a, total) if o["nesterov"] else total
+            if _acts(decay):
+                for i, t in zip(ids, summed([a_w[i] for i in ids], scaled(total, decay)), strict=True):
+                    a_w[i] = t
+            for i, t in zip(ids, scaled(total, -1.0) if o["maximize"] else total, strict=True):
+                a_g[i] = t
+        for i, g in enumerate(gradient):
+            if a_g[i] is None and g is not None:  # the optimizer does not hold the parameter
+                a_g[i] = torch.zeros_like(g)
         return UpdateCotangents(tuple(a_w), tuple(a_g), tuple(a_s), {})
 
     def signs(self) -> dict[int, float]:

@@ -113,17 +113,18 @@ class LevelState:
         """Step optimizer and scheduler with a gradient, clipped; keep the present version if a record needs it."""
         if self.weights.recorded:
             self.weights.materialize()
-        parameters = self.level.variables.parameters
+        parameters, like_parameter = self.level.variables.parameters, self.level.variables.like_parameter
         held = [p for group in self.problem.optimizer.param_groups for p in group["params"]]
-        kept = {p: p.grad for p in (*parameters, *held)}
-        for p in kept:  # a frozen parameter may still have a gradient
+        kept = [(p, p.grad) for p in (*parameters, *held) if p.grad is not None]
+        for p, _ in kept:  # a frozen parameter may still have a gradient
             p.grad = None
-        like_parameter = self.level.variables.like_parameter
         for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
             if g is not None:  # a copy: the record keeps the gradient, and an optimizer may write into its own
                 parameters[i].grad = like_parameter(i, g.detach().clone(memory_format=torch.contiguous_format))
         self.problem.optimizer.step()
-        for p, g in kept.items():
+        for p in parameters:
+            p.grad = None
+        for p, g in kept:
             p.grad = g
         if self.problem.scheduler is not None:
             self.problem.scheduler.step()

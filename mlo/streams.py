@@ -152,7 +152,8 @@ class Stream:
             if self._iterator is None:
                 self._begin(self._drawn.epoch, None)
             assert self._iterator is not None
-            seed_generators(self._key("batch", self._drawn.index), self._device)
+            if type(self._data) not in (list, tuple):  # which draw nothing
+                seed_generators(self._key("batch", self._drawn.index), self._device)
             try:
                 batch = next(self._iterator)
             except StopIteration:

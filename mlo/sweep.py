@@ -16,6 +16,7 @@ state) is a constant of the map.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,9 @@ from mlo.autodiff import (
     check_twice_differentiable,
     dense,
     norm,
+    scaled,
     split,
+    summed,
 )
 from mlo.calls import Calls
 from mlo.errors import MloError
@@ -289,15 +292,16 @@ class Step:
         """
         size = norm(direction, self.call.levels[self.level].variables.group)
         length = radius / torch.where(size > 0, size, radius)
-
-        def side(sign: float) -> Tensors:
-            return tuple(
-                w if d is None else w + (sign * length).to(w.dtype) * d
-                for w, d in zip(self.weights, direction, strict=True)
-            )
-
-        change = self.change(side(-1.0), side(1.0), targets)
-        return {q: tuple(t / (2 * length).to(t.dtype) for t in tensors) for q, tensors in change.items()}
+        moving = [d is not None for d in direction]
+        with torch.set_grad_enabled(self.create_graph):
+            own = list(itertools.compress(self.weights, moving))
+            offset = scaled([d for d in direction if d is not None], length)
+            sides = [list(self.weights), list(self.weights)]
+            for side, moved in zip(sides, (summed(own, scaled(offset, -1.0)), summed(own, offset)), strict=True):
+                for i, w in zip(itertools.compress(itertools.count(), moving), moved, strict=True):
+                    side[i] = w
+            change = self.change(tuple(sides[0]), tuple(sides[1]), targets)
+            return {q: tuple(scaled(tensors, 0.5 / length)) for q, tensors in change.items()}
 
     def change(
         self,
@@ -384,7 +388,9 @@ class Step:
         """Total derivatives of F_p at any values; without a nest, everything stays in force within the block."""
         create_graph = create_graph or self.create_graph
         if self.inner is None:
-            return self.call.differentiated(values, wrt, create_graph=create_graph, replay=self._kept, follows=follows)
+            return self.call.differentiated(
+                values, wrt, create_graph=create_graph, replay=self._kept, follows=follows, only=follows or wrt
+            )
         outer = {name: Weights(tensors) for name, tensors in values.items()}
         repeated = self.context.replay(self.context, self.inner, outer, create_graph=create_graph, ends=ends)
         return nullcontext(sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph))

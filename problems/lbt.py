@@ -75,18 +75,22 @@ class LearningByTeaching:
         logits = levels.teacher(images, levels.architecture(levels.progress))
         return mlo.Output(functional.cross_entropy(logits, labels), {"accuracy": accuracy(logits, labels)})
 
-    def student_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
+    @property
+    def student_loss(self) -> mlo.Sum:
         """Eq. (2): the student on its training images, and on the teacher's soft labels of the unlabelled ones."""
-        (images, labels), (unlabelled, _) = batch
+        return mlo.Sum(*([self._labelled_loss] if self.labelled_weight else []), self._pseudo_label_loss)
+
+    def _labelled_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
+        (images, labels), _ = batch
+        logits = levels.student(images)
+        loss = self.labelled_weight * functional.cross_entropy(logits, labels)
+        return mlo.Output(loss, {"accuracy": accuracy(logits, labels)})
+
+    def _pseudo_label_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
+        _, (unlabelled, _) = batch
         pseudo_labels = levels.teacher(unlabelled, levels.architecture(levels.progress)).softmax(dim=-1)
-        if self.labelled_weight:
-            logits = levels.student(images)
-            learnt = self.labelled_weight * functional.cross_entropy(logits, labels)
-            metrics = {"accuracy": accuracy(logits, labels)}
-        else:
-            learnt, metrics = images.new_zeros(()), {}
-        taught = functional.cross_entropy(levels.student(unlabelled), pseudo_labels)
-        return mlo.Output(learnt + self.lambda_ * taught, {**metrics, "pseudo_label_loss": taught})
+        loss = functional.cross_entropy(levels.student(unlabelled), pseudo_labels)
+        return mlo.Output(self.lambda_ * loss, {"pseudo_label_loss": loss})
 
     def architecture_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
         """Eq. (3): teacher and student on validation images."""

@@ -54,6 +54,12 @@ class FusedCell(SearchCell):
         ]
         self.strides = [shape.stride(source) for source in range(len(self.outgoing))]
         self.fusable = all(type(edge) in (MixedOperation, PartialOperation) for edge in self.edges)
+        self._norms = [  # where they are, as others may be put in their places
+            (owner._modules, name)
+            for owner in self.edges.modules()
+            for name, part in owner._modules.items()
+            if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        ]
 
     def forward(
         self,
@@ -64,7 +70,7 @@ class FusedCell(SearchCell):
         states: Any = None,
     ) -> Tensor:
         """As `SearchCell.forward`."""
-        norms = [part for part in self.edges.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        norms = [container[name] for container, name in self._norms]
         sampled = states is not None and any(state.chosen is not None for state in states)
         if sampled or not self.fusable or not _are_alike(norms):
             return super().forward(before_last, last, weights, edge_weights, states)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ BEGIN = "<!-- measured: begin -->"
 END = "<!-- measured: end -->"
 
 
-def run(benchmarks: Sequence[Benchmark], *, quick: bool) -> tuple[str, dict[str, Any], dict[str, Result]]:
-    """Run benchmarks one after the other; return the text, the raw numbers and the results by name."""
+def run(benchmarks: Sequence[Benchmark], *, quick: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, Result]]]:
+    """Run benchmarks one after the other; after each, give the text, the raw numbers and the results by name so far."""
     logging.disable(logging.INFO)  # Betty's
     torch.set_num_threads(1)
     where = machine()
@@ -46,7 +46,7 @@ def run(benchmarks: Sequence[Benchmark], *, quick: bool) -> tuple[str, dict[str,
         absent = [f"Not installed, and left out: {', '.join(missing)}.", ""] if missing else []
         pictures = [f"![{benchmark.title}](images/speed-{name}.png)\n" for name in result.figures]
         lines += ["", f"## {benchmark.title}", "", *absent, *pictures, result.text]
-    return "\n".join([*lines, ""]), {**where, "quick": quick, **{n: r.raw for n, r in results.items()}}, results
+        yield "\n".join([*lines, ""]), {**where, "quick": quick, **{n: r.raw for n, r in results.items()}}, results
 
 
 def write(folder: Path, text: str, numbers: dict[str, Any], results: dict[str, Result]) -> None:
@@ -74,10 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--output", type=Path, help="folder for speed.md, speed.json and images/")
     options = parser.parse_args(arguments)
-    text, numbers, results = run([b for b in BENCHMARKS if b.name in options.only], quick=options.quick)
-    print(text)
-    if options.output:
-        write(options.output, text, numbers, results)
+    shown = 0
+    for text, numbers, results in run([b for b in BENCHMARKS if b.name in options.only], quick=options.quick):
+        print(text[shown:], flush=True)
+        shown = len(text)
+        if options.output:  # after each, so that an interrupted run leaves what it has found
+            write(options.output, text, numbers, results)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,6 +137,8 @@ def measure(
                     if not error:
                         own.seconds.append(seconds)
         for name, (_, own) in works.items():
+            told = own.error or f"{1000 * own.median:.4g} ms"
+            print(f"{name}, size {size}: {told}", file=sys.stderr, flush=True)
             if own.error:
                 continue
             growth = max(own.median / last.get(name, own.median), 1.0)
