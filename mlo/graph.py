@@ -53,8 +53,8 @@ class Graph:
     def __init__(self, levels: Iterable[Problem], edges: Iterable[Edge] = ()) -> None:
         self.levels = tuple(levels)
         self.edges = tuple(edges)
-        self._by_name = {problem.name: problem for problem in self.levels}
         self._check_levels()
+        self._by_name = {problem.name: problem for problem in self.levels}
         self._check_edges()
         attached = [(e.source, e.target) for e in self.edges if not e.detached]
         self.structure = Structure([p.name for p in self.levels], attached)

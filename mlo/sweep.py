@@ -300,7 +300,8 @@ class Step:
             for side, moved in zip(sides, (summed(own, scaled(offset, -1.0)), summed(own, offset)), strict=True):
                 for i, w in zip(itertools.compress(itertools.count(), moving), moved, strict=True):
                     side[i] = w
-            change = self.change(tuple(sides[0]), tuple(sides[1]), targets)
+        change = self.change(tuple(sides[0]), tuple(sides[1]), targets)
+        with torch.set_grad_enabled(self.create_graph):
             return {q: tuple(scaled(tensors, 0.5 / length)) for q, tensors in change.items()}
 
     def change(

@@ -38,12 +38,15 @@ class SupernetRecipe(RecipePart):
         num_cells: cells; P-DARTS has its own numbers.
         stem: for small images (`cifar`) or large ones (`imagenet`).
         channels_last: keep the channels of a pixel next to each other in memory, which is faster.
+        checkpointing: keep the inputs of the cells only, and compute what is in them again in each backward pass, which
+            is slower.
     """
 
     channels: PositiveInt
     num_cells: PositiveInt
     stem: Stem = "cifar"
     channels_last: bool = True
+    checkpointing: bool = False
 
 
 class StudentRecipe(RecipePart):
@@ -100,6 +103,7 @@ class Stage:
             operation=self.operation,
             auxiliary_skip=self.relaxation.has_auxiliary_skip,
             stem=recipe.stem,
+            checkpointing=recipe.checkpointing,
         )
         return supernet.to(memory_format=memory_format(recipe.channels_last))
 

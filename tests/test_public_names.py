@@ -9,7 +9,7 @@ def test_exports():
     assert sorted(mlo.__all__) == [
         "CheckpointError", "Claim", "ConjugateGradient", "DivergenceError", "Edge", "Engine", "FiniteDifference",
         "FirstOrder", "Graph", "GraphError", "Hypergradient", "Levels", "MloError", "Neumann", "Nystrom", "Output",
-        "Penalty", "Problem", "ProcessLostError", "RecipeError", "Response", "SAMA", "Step", "Tensors",
+        "Penalty", "Problem", "ProcessLostError", "RecipeError", "Response", "SAMA", "Step", "Sum", "Tensors",
         "Unroll", "__version__", "register_optimizer", "synchronize_batch_norm",
     ]  # fmt: skip
     assert all(hasattr(mlo, name) for name in mlo.__all__)

@@ -25,6 +25,7 @@ from problems.search_spaces.cells import (
 from problems.search_spaces.darts import DARTS, CellWeights, SearchSpace, check_weights, discretize
 from problems.search_spaces.fused import FusedCell
 from problems.search_spaces.genotypes import Genotype
+from problems.search_spaces.recomputation import Recomputed
 from problems.search_spaces.relaxations import SOFTMAX, Relaxation
 from problems.search_spaces.stems import STEM_MULTIPLIER, Stem, build_stem
 
@@ -125,6 +126,7 @@ class Supernet(nn.Module):
         auxiliary_skip: Whether every edge has a skip-connection beside its primitives; needed by a relaxation that
             weights it.
         stem: `"cifar"` keeps the resolution, `"imagenet"` divides it by 8; it has three times `channels`.
+        checkpointing: Keep the inputs of the cells only, and compute what is in them again in a backward pass.
 
     Raises:
         ValueError: `channels` or `num_cells` is less than 1, or the stem is unknown.
@@ -147,6 +149,7 @@ class Supernet(nn.Module):
         cell: Callable[..., SearchCell] = FusedCell,
         auxiliary_skip: bool = False,
         stem: Stem = "cifar",
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.space = space
@@ -166,6 +169,7 @@ class Supernet(nn.Module):
             cell(shape, space.reduce if shape.is_reduction else space.normal, build_edge) for shape in shapes
         )
         self.classifier = nn.Linear(out_channels, num_classes)
+        self._called: list[Callable[..., Tensor]] = [Recomputed(cell) if checkpointing else cell for cell in self.cells]
 
     def forward(self, x: Tensor, weights: CellWeights) -> Tensor:
         """Classify images.
@@ -185,7 +189,7 @@ class Supernet(nn.Module):
             raise ValueError("the relaxation weights an auxiliary skip-connection: expected auxiliary_skip=True")
         normal_states, reduce_states = _edge_states(weights)
         before_last, last = self.stem(x)
-        for cell, is_reduction in zip(self.cells, self.reductions, strict=True):
+        for cell, is_reduction in zip(self._called, self.reductions, strict=True):
             if is_reduction:
                 output = cell(before_last, last, weights.reduce, weights.reduce_edges, reduce_states)
             else:

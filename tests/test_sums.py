@@ -1,0 +1,97 @@
+"""A loss written as a sum is the same loss, and no derivative computes a term that it does not need."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import mlo
+
+ESTIMATORS = [
+    mlo.FiniteDifference(radius=1e-4),
+    mlo.FiniteDifference(radius=1e-4, last=None),
+    mlo.Unroll(),
+    mlo.ConjugateGradient(iterations=4),
+    mlo.SAMA(),
+]
+
+
+def engine(estimator, *, written_as_sum, micro_batches=1, counts=None):
+    """A teacher, a student that learns from data and from the teacher, and what weights the data."""
+    torch.manual_seed(0)
+    teacher, student, weights = (nn.Linear(3, 2).double() for _ in range(3))
+    counts = Counter() if counts is None else counts
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    y = torch.randn(4, 6, 2, dtype=torch.float64)
+    data = list(zip(x, y, strict=True))
+
+    def learn(levels, batch):
+        counts["learn"] += 1
+        return functional.mse_loss(levels.student(batch[0]).tanh(), batch[1])
+
+    def imitate(levels, batch):
+        counts["imitate"] += 1
+        loss = functional.mse_loss(levels.student(batch[0]).exp(), levels.teacher(batch[0]))
+        return mlo.Output(loss, {"distance": loss})
+
+    def decay(levels, batch):
+        counts["decay"] += 1
+        return (levels.weights.bias * levels.student.bias.sin()).sum()  # does not read the teacher
+
+    def student_loss(levels, batch):
+        output = imitate(levels, batch)
+        return mlo.Output(learn(levels, batch) + output.loss + decay(levels, batch), output.metrics)
+
+    def teacher_loss(levels, batch):
+        return functional.mse_loss(levels.teacher(batch[0] * levels.weights.weight[0]), batch[1])
+
+    def weights_loss(levels, batch):
+        return functional.mse_loss(levels.student(batch[0]), batch[1])
+
+    def problem(name, module, loss):
+        sgd = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.5)
+        return mlo.Problem(name, module, loss, sgd, data, hypergradient=estimator, steps=2, micro_batches=micro_batches)
+
+    levels = [
+        problem("teacher", teacher, teacher_loss),
+        problem("student", student, mlo.Sum(learn, imitate, decay) if written_as_sum else student_loss),
+        problem("weights", weights, weights_loss),
+    ]
+    edges = [
+        mlo.Edge("weights", "teacher"), mlo.Edge("teacher", "student"), mlo.Edge("weights", "student"),
+        mlo.Edge("student", "weights"),
+    ]  # fmt: skip
+    return mlo.Engine(mlo.Graph(levels, edges), seed=0, device="cpu")
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_the_same_hypergradients_and_metrics(estimator, micro_batches):
+    whole, terms = (engine(estimator, written_as_sum=as_sum, micro_batches=micro_batches) for as_sum in (False, True))
+    expected, found = (e.hypergradient("weights") for e in (whole, terms))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12)
+        assert gradient.abs().max() > 1e-6
+    assert whole.run(2, progress=False).keys() == (metrics := terms.run(2, progress=False)).keys()
+    assert metrics["student.distance"] > 0
+
+
+def test_terms_that_do_not_matter_are_left_out():
+    counts = Counter()
+    made = engine(mlo.FiniteDifference(), written_as_sum=True, counts=counts)
+    made.run(1, progress=False)
+    counts.clear()
+    made.run(1, progress=False)
+    own_steps, weights_steps = 4, 2
+    sides = 2 * weights_steps  # of the last of the two steps, once a hypergradient
+    assert counts == {"learn": own_steps, "imitate": own_steps + sides, "decay": own_steps + sides}
+
+
+def test_a_sum_is_a_loss_and_needs_a_term():
+    loss = mlo.Sum(lambda levels, batch: batch, lambda levels, batch: mlo.Output(2 * batch, {"twice": 2 * batch}))
+    output = loss(None, torch.tensor(1.5))
+    assert (output.loss.item(), output.metrics["twice"].item()) == (4.5, 3.0)
+    with pytest.raises(mlo.GraphError, match="expected at least one loss; found none"):
+        mlo.Sum()
