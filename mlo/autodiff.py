@@ -54,6 +54,7 @@ class Level:
         reads: all levels that the loss may read, detached ones included, itself excluded.
         attached: those of `reads` that are differentiated.
         hyperparameters: options of its optimizer that other levels determine, as functions of them.
+        compiled: the module under `torch.compile`, which first-order passes call instead of it.
         parts: of the module, itself the first.
     """
 
@@ -63,6 +64,7 @@ class Level:
     reads: tuple[str, ...]
     attached: tuple[str, ...]
     hyperparameters: Mapping[str, Callable[[Levels], Any]] = field(default_factory=dict)
+    compiled: Callable[..., Any] | None = None
     variables: Variables = field(init=False)
     buffers: Buffers = field(init=False)
     parts: tuple[nn.Module, ...] = field(init=False)
@@ -159,18 +161,18 @@ class LossCall:
             GraphError: the loss reads a level without an edge, or does not return a scalar.
         """
         own, backend = self.levels[self.level], self.backend
-        views = {name: LevelView(module := self.levels[name].module, module) for name in (self.level, *own.reads)}
-        if replay is not None:
-            used: set[int] = set()
-            views |= {
-                name: LevelView(self.levels[name].module, replay.player(name, self.levels[name].module, used))
-                for name in own.reads
-            }
-        elif record is not None:
-            views |= {
-                name: LevelView(self.levels[name].module, record.recorder(name, self.levels[name].parts))
-                for name in own.reads
-            }
+        used: set[int] = set()
+
+        def view(name: str) -> LevelView:
+            level = self.levels[name]
+            call = level.module if double_backward or level.compiled is None else level.compiled
+            if name != self.level and replay is not None:
+                call = replay.player(name, level.module, used)
+            elif name != self.level and record is not None:
+                call = record.recorder(name, level.parts)
+            return LevelView(level.module, call)
+
+        views = {name: view(name) for name in (self.level, *own.reads)}
         loss = self.objective or own.loss
         results = []
         with ExitStack() as stack:

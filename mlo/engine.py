@@ -25,9 +25,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from mlo.autodiff import Backend, Call, Gradients, Level, dense
 from mlo.calls import Calls
 from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint
+from mlo.compilation import compiled
 from mlo.devices import find_device
 from mlo.diagnostics import asymmetries, check_interval, diagnose
 from mlo.distributed import Group, agreed, align, average, average_buffers, by_first, whole_world
@@ -67,6 +69,8 @@ class Engine:
         group: the processes that train the graph together, each on batches of its own, of which every loss is the mean:
             "auto" for all of `torch.distributed`, if it has been initialized; None for this process alone.
         rollback: put the lower levels back before each upper step, and solve them again after it.
+        compile: let first-order passes call the modules of all levels, or of those named, under `torch.compile`; calls
+            that second-order products go through, or that are kept for one, are made by the modules themselves.
         diagnostics_every: every so many rounds, compare the hypergradient of each level with the exact derivative of
             the steps taken, as metrics (`mlo.diagnostics`); costs an `Unroll` of all levels. None for never.
 
@@ -75,7 +79,8 @@ class Engine:
         total_rounds: that the run is meant to have; `levels.progress` is `rounds_done / total_rounds`.
 
     Raises:
-        MloError: an unknown device or precision, or an interval of diagnostics that is no positive number.
+        MloError: an unknown device or precision, a sharded level to be compiled, or an interval of diagnostics that is
+            no positive number.
         GraphError: diagnostics, and a level whose optimizer's steps cannot be differentiated.
 
     Example:
@@ -97,6 +102,7 @@ class Engine:
         precision: str = "fp32",
         group: Group = "auto",
         rollback: bool = False,
+        compile: bool | Collection[str] = False,  # noqa: A002 - PyTorch's word for it
         diagnostics_every: int | None = None,
     ) -> None:
         if precision not in _PRECISIONS:
@@ -120,9 +126,16 @@ class Engine:
             if not is_sharded(problem.module):
                 align(problem.module, group)
             move_optimizer(problem.optimizer, self._backend.device)
+        calls = self._compiled(compile)
         self._levels = {
             p.name: Level(
-                p.name, p.module, p.loss, graph.reads(p.name), graph.structure.reads[p.name], p.hyperparameters
+                p.name,
+                p.module,
+                p.loss,
+                graph.reads(p.name),
+                graph.structure.reads[p.name],
+                p.hyperparameters,
+                calls.get(p.name),
             )
             for p in graph.levels
         }
@@ -183,6 +196,17 @@ class Engine:
                 for callback in everyone:
                     callback.on_round(RoundReport(self.rounds_done, self.total_rounds, metrics))
         return metrics
+
+    def _compiled(self, which: bool | Collection[str]) -> dict[str, Callable[..., Any]]:
+        """Return the modules of levels under `torch.compile`, which compiles when it is called."""
+        names = (self.graph.structure.names if which else ()) if isinstance(which, bool) else which
+        for name in names:
+            self.graph.check_name(name, "compile")
+            if is_sharded(self.graph[name].module):
+                raise MloError(
+                    f"compile: expected levels that are whole; found {name!r}, which is sharded. Leave it out."
+                )
+        return {name: compiled(self.graph[name].module) for name in names}
 
     def stop(self) -> None:
         """Let `run` return after the round it is in, or before its first; for a signal handler or a callback."""

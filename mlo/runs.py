@@ -227,8 +227,14 @@ class Run:
         if self._group is not None and self.recipe.synchronize_batch_norm:
             for level in graph.levels:
                 synchronize_batch_norm(level.module)
+        recipe = self.recipe
         engine = Engine(
-            graph, seed=self.recipe.seed, device=self.recipe.device, precision=self.recipe.precision, **options
+            graph,
+            seed=recipe.seed,
+            device=recipe.device,
+            precision=recipe.precision,
+            compile=recipe.compile,
+            **options,
         )
         self._engine = engine  # from here on a signal stops it
         self._check_signal()
@@ -467,6 +473,8 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
             f"engine: expected 'mlo', as problem {recipe.problem!r} has the one level "
             f"{graph.levels[0].name!r}; found 'betty'. Leave it out."
         )
+    if recipe.compile:
+        raise InteropError("compile: expected false with the engine 'betty'; found " + repr(recipe.compile))
     check_betty(
         graph,
         device=recipe.device,

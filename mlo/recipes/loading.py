@@ -36,6 +36,7 @@ class Recipe(RecipePart):
         precision: what the losses are computed in.
         rounds: of the problem's main engine; `--rounds` sets it.
         rollback: put the lower levels back before each upper step, and solve them again after it.
+        compile: true, or the names of levels: let first-order passes call their modules under `torch.compile`.
         engine: that trains the problem's levels: `mlo`, or `betty` to compare with; single levels are always trained by
             `mlo`.
         diagnostics_every: rounds from one comparison of the hypergradients with the exact ones to the next, or None.
@@ -52,6 +53,7 @@ class Recipe(RecipePart):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     rounds: PositiveInt
     rollback: bool = False
+    compile: bool | list[str] = False
     engine: Literal["mlo", "betty"] = "mlo"
     diagnostics_every: PositiveInt | None = None
     checkpoint_every: PositiveInt = 50

@@ -27,7 +27,7 @@ def rows(text, name):
 @pytest.mark.parametrize("name", ["overhead", "depth"])
 def test_times_beside_the_loop_by_hand(name):
     benchmark = next(b for b in BENCHMARKS if b.name == name)
-    text, numbers, _ = run([few(benchmark, "", "mlo", "TorchOpt")], quick=True)
+    *_, (text, numbers, _) = run([few(benchmark, "", "mlo", "TorchOpt")], quick=True)
     assert f"## {benchmark.title}" in text
     assert "torch" in text.splitlines()[0]
     assert {one["error"] for one in numbers[name]["measured"]} == {""}

@@ -1,0 +1,70 @@
+"""Compiled modules compute the same, and second-order products do without them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import mlo
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler's own
+
+
+def engine(compiled, estimator=None):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    gate = nn.Linear(1, 3).double()
+    data = [(torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64)) for _ in range(3)]
+
+    def net_loss(levels, batch):
+        return functional.mse_loss(levels.net(batch[0] * levels.gate(batch[0].new_ones(1))), batch[1])
+
+    def gate_loss(levels, batch):
+        return functional.mse_loss(levels.net(batch[0]), batch[1])
+
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    adam = torch.optim.Adam(gate.parameters(), lr=0.01)
+    levels = [
+        mlo.Problem("net", net, net_loss, sgd, data, hypergradient=estimator or mlo.FiniteDifference(), steps=2),
+        mlo.Problem("gate", gate, gate_loss, adam, data),
+    ]
+    graph = mlo.Graph(levels, [mlo.Edge("gate", "net"), mlo.Edge("net", "gate")])
+    return mlo.Engine(graph, seed=0, device="cpu", compile=compiled)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Let modules be traced as they are for the compiler, but not compiled by it, which takes long."""
+    compile_module, found = torch.compile, []
+
+    def note(graph_module, inputs):
+        found.append(graph_module)
+        return graph_module.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda module: compile_module(module, backend=note))
+    yield found
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("estimator", [mlo.FiniteDifference(radius=1e-4), mlo.Unroll()], ids=repr)
+def test_the_same_rounds(estimator, calls):
+    eager, compiled = engine(False, estimator), engine(True, estimator)
+    expected = eager.run(3, progress=False)
+    assert not calls
+    found = compiled.run(3, progress=False)
+    assert calls
+    for name, value in expected.items():
+        assert name == "round_seconds" or found[name] == pytest.approx(value, rel=1e-10)
+    for name in ("net", "gate"):
+        states = [e.graph[name].module.state_dict() for e in (eager, compiled)]
+        torch.testing.assert_close(states[1], states[0], rtol=1e-9, atol=1e-12)
+
+
+def test_levels_by_name(calls):
+    engine(["gate"]).run(1, progress=False)
+    assert {len(list(graph.parameters())) for graph in calls} <= {0, 2}
+    with pytest.raises(mlo.GraphError, match="compile: expected one of the levels net, gate; found 'gat'"):
+        engine(["gat"])
