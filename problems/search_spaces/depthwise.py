@@ -40,6 +40,8 @@ def depthwise(x: Tensor, kernels: Tensor, stride: int = 1, dilation: int = 1) ->
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # it does not reach what is below
         lower = torch.get_autocast_dtype(kind)
         x, kernels = x.to(lower), kernels.to(lower)
+    if kernels.is_leaf:  # see `_wanted`
+        kernels = kernels.view_as(kernels)
     return _apply(_Convolve, x, kernels, (stride, dilation))
 
 
@@ -61,9 +63,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled():  # nobody will differentiate it: one call does
-            return *_pullback(g, x, w, ctx.how, wanted), None
+        if not torch.is_grad_enabled():  # nobody will differentiate it
+            return *_pullback(g, x, w, ctx.how, _wanted(ctx)), None
         return (
             _apply(_Transpose, g, w, x.shape, ctx.how) if ctx.needs_input_grad[0] else None,
             _apply(_Correlate, x, g, w.shape, ctx.how) if ctx.needs_input_grad[1] else None,
@@ -78,7 +79,9 @@ class _Transpose(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, w: Tensor, shape: Shape, how: How) -> Tensor:
         ctx.save_for_backward(g, w)
         ctx.how = how
-        return _pullback(g, _placeholder(g, shape), w, how, (True, False))[0]
+        found = _pullback(g, _placeholder(g, shape), w, how, (True, False))[0]
+        assert found is not None
+        return found
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
@@ -98,7 +101,9 @@ class _Correlate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, g: Tensor, shape: Shape, how: How) -> Tensor:
         ctx.save_for_backward(x, g)
         ctx.how = how
-        return _pullback(g, x, _placeholder(x, shape), how, (False, True))[1]
+        found = _pullback(g, x, _placeholder(x, shape), how, (False, True))[1]
+        assert found is not None
+        return found
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
@@ -116,13 +121,61 @@ def _apply(function: Any, *args: Any) -> Tensor:
     return found
 
 
-def _pullback(g: Tensor, x: Tensor, w: Tensor, how: How, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    """PyTorch's pullback; of what is not wanted it asks the shape only."""
+def _wanted(ctx: Any) -> tuple[bool, bool]:
+    """Return of which inputs this backward pass really goes on to use the gradient.
+
+    `needs_input_grad` tells which inputs require one: of weights that are not differentiated this time, too.
+    """
+
+    def wants(index: int) -> bool:
+        node = ctx.next_functions[index][0]
+        return ctx.needs_input_grad[index] and (
+            hasattr(node, "variable") or torch._C._will_engine_execute_node(node)  # which knows nothing of leaves
+        )
+
+    return wants(0), wants(1)
+
+
+def _pullback(
+    g: Tensor, x: Tensor, w: Tensor, how: How, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return x^(g, w) and w^(x, g), None for what is not wanted: of those tensors the shape alone counts."""
     (stride, dilation), padding = how, _padding(w.shape, how)
-    found = torch.ops.aten.convolution_backward(
-        g, x, w, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], len(w), [*wanted, False]
-    )
-    return found[0], found[1]
+    of_x, of_w = wanted
+    found_x = found_w = None
+    if stride == 1 and x.device.type == "cpu":  # there oneDNN is faster at what PyTorch does not ask it for
+        if of_x:
+            found_x = functional.conv2d(g, w.flip(2, 3), padding=padding, dilation=dilation, groups=len(w))
+            of_x = False
+        if of_w and dilation == 1 and w.shape[-1] > _COLUMNS and x.dtype == torch.float32 and is_channels_last(x):
+            found_w = _correlate_by_columns(x, g, w.shape[-1])
+            of_w = False
+    if of_x or of_w:
+        found = torch.ops.aten.convolution_backward(
+            g, x, w, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], len(w), [of_x, of_w, False]
+        )
+        found_x, found_w = found[0] if of_x else found_x, found[1] if of_w else found_w
+    return found_x, found_w
+
+
+_COLUMNS = 3
+"""Widest kernels that oneDNN has a fast weight gradient for."""
+
+
+def _correlate_by_columns(x: Tensor, g: Tensor, k: int) -> Tensor:
+    """Put w^(x, g) together from kernels of k rows and a few columns each, stride and dilation being 1."""
+    channels, width = x.shape[1], x.shape[3]
+    padded = functional.pad(x, (k // 2, k // 2))
+    parts = []
+    for first in range(0, k, _COLUMNS):
+        columns = min(_COLUMNS, k - first)
+        images = padded[..., first : first + width + columns - 1].contiguous(memory_format=torch.channels_last)
+        kernels = x.new_empty(channels, 1, k, columns)
+        found = torch.ops.aten.convolution_backward(
+            g, images, kernels, None, [1, 1], [k // 2, 0], [1, 1], False, [0, 0], channels, [False, True, False]
+        )
+        parts.append(found[1])
+    return torch.cat(parts, dim=3)
 
 
 def _padding(shape: Shape, how: How) -> int:

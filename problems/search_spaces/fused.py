@@ -31,7 +31,7 @@ from problems.search_spaces.genotypes import NUM_INPUTS
 from problems.search_spaces.pc_darts import PartialOperation, shuffle_channels
 from problems.search_spaces.primitives import FactorizedReduce
 
-_CACHED = 1 << 18
+_CACHED = 1 << 19
 """Numbers in the branches that run as one on a CPU; measured, with 16 to 64 images of 8 to 32 pixels a side."""
 BLOCK = 4
 """Modules of a block of a separable or dilated primitive: ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm."""
@@ -243,7 +243,8 @@ class _Source:
         """Run (ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm), once or more, for several edges."""
         num_blocks = len(operations[0]) // BLOCK
         images = self._images(operations[0][1].dilation[0] if num_blocks == 1 else 1)
-        y = images.y.repeat(1, len(edges), 1, 1) if len(edges) > 1 else images.y
+        # Tensor.repeat would lay the channels out anew.
+        y = torch.cat([images.y] * len(edges), dim=1) if len(edges) > 1 else images.y
         for block in range(num_blocks):
             parts = [operation[BLOCK * block : BLOCK * (block + 1)] for operation in operations]
             if block > 0:
