@@ -492,11 +492,11 @@ def scaled(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
     return list(torch._foreach_mul(list(tensors), factor)) if tensors else []
 
 
-def summed(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """Return the sums of pairs of tensors."""
+def summed(a: Sequence[Tensor], b: Sequence[Tensor], sign: float = 1.0) -> list[Tensor]:
+    """Return a + sign * b for pairs of tensors."""
     if torch.is_grad_enabled():
-        return [x + y for x, y in zip(a, b, strict=True)]
-    return list(torch._foreach_add(list(a), list(b))) if a else []
+        return [x + sign * y for x, y in zip(a, b, strict=True)]
+    return list(torch._foreach_add(list(a), list(b), alpha=sign)) if a else []
 
 
 def accumulate(total: Mapping[str, Tensors], found: Mapping[str, Tensors]) -> dict[str, Tensors]:

@@ -297,8 +297,8 @@ class Step:
             own = list(itertools.compress(self.weights, moving))
             offset = scaled([d for d in direction if d is not None], length)
             sides = [list(self.weights), list(self.weights)]
-            for side, moved in zip(sides, (summed(own, scaled(offset, -1.0)), summed(own, offset)), strict=True):
-                for i, w in zip(itertools.compress(itertools.count(), moving), moved, strict=True):
+            for side, sign in zip(sides, (-1.0, 1.0), strict=True):
+                for i, w in zip(itertools.compress(itertools.count(), moving), summed(own, offset, sign), strict=True):
                     side[i] = w
         change = self.change(tuple(sides[0]), tuple(sides[1]), targets)
         with torch.set_grad_enabled(self.create_graph):
