@@ -61,6 +61,8 @@ class FusedCell(SearchCell):
             if isinstance(part, nn.modules.batchnorm._BatchNorm)
         ]
 
+    # Under torch.compile: a graph for each number of edges and each layout would take long to make, and gain nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         before_last: Tensor,

@@ -48,3 +48,34 @@ def test_autocast():
         y = depthwise(x, w)
     assert y.dtype == torch.bfloat16
     assert [g.dtype for g in torch.autograd.grad(y.float().sum(), (x, w))] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_single_precision_by_columns(kernel):
+    x = torch.randn(3, 4, 7, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(4, 1, kernel, kernel, requires_grad=True)
+    direction = torch.randn(3, 4, 7, 6)
+    expected = functional.conv2d(x.double(), w.double(), padding=kernel // 2, groups=4)
+    for create_graph in (False, True):
+        found = torch.autograd.grad(depthwise(x, w), (x, w), direction, create_graph=create_graph)
+        exact = torch.autograd.grad(expected, (x, w), direction.double(), retain_graph=True)
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradients_that_nobody_asks_for_are_not_computed(leaf, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(
+        "problems.search_spaces.depthwise._pullback",
+        lambda g, x, w, how, asked: wanted.append(asked) or (torch.zeros_like(x), torch.zeros_like(w)),
+    )
+    x, w = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(2, 1, 3, 3, requires_grad=True)
+    y = depthwise(x.sin(), w if leaf else w.sin()).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    torch.autograd.grad(y, w, retain_graph=True)
+    y.backward(inputs=[x], retain_graph=True)
+    y.backward()
+    assert wanted == [(True, False), (False, True), (True, False), (True, True)]
+    assert x.grad is not None
+    assert w.grad is not None
