@@ -44,6 +44,7 @@ from mlo.distributed import Group, agreed, align, average, average_buffers, by_f
 from mlo.double import double, in_double, in_float64
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
+from mlo.levels import Sum
 from mlo.optimizers import Update
 from mlo.randomness import isolated
 from mlo.replay import replay_solve
@@ -532,7 +533,7 @@ class Engine:
         self._levels = {
             name: replace(
                 level,
-                loss=in_float64(level.loss),
+                loss=Sum(*map(in_float64, level.loss.terms)) if isinstance(level.loss, Sum) else in_float64(level.loss),
                 hyperparameters={key: in_float64(f) for key, f in level.hyperparameters.items()},
             )
             for name, level in levels.items()

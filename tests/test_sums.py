@@ -95,3 +95,9 @@ def test_a_sum_is_a_loss_and_needs_a_term():
     assert (output.loss.item(), output.metrics["twice"].item()) == (4.5, 3.0)
     with pytest.raises(mlo.GraphError, match="expected at least one loss; found none"):
         mlo.Sum()
+
+
+def test_a_check_differentiates_terms_too():
+    counts = Counter()
+    assert engine(mlo.Unroll(), written_as_sum=True, counts=counts).check("weights", progress=False).passed
+    assert counts["imitate"] > counts["learn"]
