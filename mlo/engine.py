@@ -535,6 +535,7 @@ class Engine:
                 level,
                 loss=Sum(*map(in_float64, level.loss.terms)) if isinstance(level.loss, Sum) else in_float64(level.loss),
                 hyperparameters={key: in_float64(f) for key, f in level.hyperparameters.items()},
+                compiled=None,
             )
             for name, level in levels.items()
         }

@@ -68,3 +68,11 @@ def test_levels_by_name(calls):
     assert {len(list(graph.parameters())) for graph in calls} <= {0, 2}
     with pytest.raises(mlo.GraphError, match="compile: expected one of the levels net, gate; found 'gat'"):
         engine(["gat"])
+
+
+def test_checks_do_without(calls):
+    made = engine(True, mlo.Unroll())
+    made.run(0, progress=False)  # which traces the losses
+    traced = len(calls)
+    assert made.check(progress=False).passed
+    assert len(calls) == traced > 0
