@@ -150,36 +150,39 @@ def average_buffers(module: nn.Module, group: Group) -> None:
 
 
 def by_first(action: Callable[[], None], group: Group) -> None:
-    """Let one process act for all of the group, which call it together; its error becomes that of all.
-
-    Raises:
-        MloError: the action raised it.
-    """
-    if group is None:
-        action()
-        return
-    error = from_first(lambda: _error_of(action), group)
-    if error is not None:
-        raise error
+    """Let one process act for all of the group, which call it together; as `from_first`."""
+    from_first(action, group)
 
 
 def from_first(make: Callable[[], T], group: Group) -> T:
-    """Return what the first process of the group makes, to all of them."""
+    """Return what the first process of the group makes, to all of them.
+
+    Raises:
+        Exception: in the first process whatever it raised; in the others the same if that is an `MloError`, else one
+            that quotes it.
+    """
     if group is None:
         return make()
-    made: list[Any] = [make() if rank_of(group) == 0 else None]
+    made: list[Any] = [None, None]
+    own: Exception | None = None
+    if rank_of(group) == 0:
+        try:
+            made[0] = make()
+        except Exception as error:  # noqa: BLE001 - the others wait to hear of any
+            own = error
+            made[1] = error if isinstance(error, MloError) else _quoted(error)
     with _Together():
         torch.distributed.broadcast_object_list(made, torch.distributed.get_global_rank(group, 0), group)
+    if own is not None:
+        raise own
+    if made[1] is not None:
+        raise made[1]
     found: T = made[0]
     return found
 
 
-def _error_of(action: Callable[[], None]) -> MloError | None:
-    try:
-        action()
-    except MloError as error:
-        return error
-    return None
+def _quoted(error: Exception) -> MloError:
+    return MloError(f"the first process of the job failed, see what it says: {type(error).__name__}: {error}")
 
 
 def _all_reduce(tensor: Tensor, operation: str, group: Group) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import mlo
+from mlo.distributed import from_first, whole_world
 
 from .processes import in_two_processes
 from .quadratics import relative_error
@@ -135,6 +136,21 @@ def stopped(rank):
     return engine.rounds_done
 
 
+def failed():
+    """What each process raises when the first one fails, by a mistake in a program and by one of a user."""
+
+    def fail(error):
+        raise error
+
+    texts = []
+    for error in (ZeroDivisionError("by zero"), mlo.RecipeError("expected more")):
+        try:
+            from_first(lambda error=error: fail(error), whole_world())
+        except Exception as found:  # noqa: BLE001 - that is the result
+            texts.append(f"{type(found).__name__}: {found}")
+    return texts
+
+
 def in_process(rank, folder):
     found = []
     for index, case in enumerate(CASES):
@@ -152,6 +168,7 @@ def in_process(rank, folder):
         "alone": alone,
         "check": check,
         "stopped": stopped(rank),
+        "failed": failed(),
         "normalized": normalized(rank),
     }
 
@@ -213,3 +230,11 @@ def test_the_black_box_check_agrees(processes):
 
 def test_all_stop_when_one_is_asked_to(processes):
     assert [of_rank["stopped"] for of_rank in processes[1]] == [0, 0]
+
+
+def test_all_hear_of_what_fails_in_the_first(processes):
+    told = "MloError: the first process of the job failed, see what it says: ZeroDivisionError: by zero"
+    assert [found["failed"] for found in processes[1]] == [
+        ["ZeroDivisionError: by zero", "RecipeError: expected more"],
+        [told, "RecipeError: expected more"],
+    ]
