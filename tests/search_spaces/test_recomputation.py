@@ -6,7 +6,7 @@ from torch import nn
 
 import mlo
 from problems.darts import ArchitectureSearch
-from problems.search_spaces import Architecture, Supernet
+from problems.search_spaces import Architecture, SearchSpace, Supernet
 from problems.search_spaces.cells import SearchCell
 from problems.search_spaces.fused import FusedCell
 from problems.search_spaces.recomputation import Recomputed
@@ -71,9 +71,10 @@ def test_parameters_that_were_written_into_are_refused():
 )
 def test_hypergradients(estimator):
     found = []
-    for network in networks():
+    space = SearchSpace.uniform(("sep_conv_3x3", "dil_conv_3x3", "skip_connect"), num_nodes=2)
+    for network in networks(space=space):
         torch.manual_seed(2)
-        architecture, search = Architecture().double(), ArchitectureSearch()
+        architecture, search = Architecture(space).double(), ArchitectureSearch()
         data = [(torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randint(10, (4,))) for _ in range(4)]
         sgd = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         adam = torch.optim.Adam(architecture.parameters(), lr=0.01)
