@@ -472,10 +472,10 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
         largest = reduced(torch.stack(torch._foreach_norm(present, float("inf"))).amax(), "MAX", group)
         unit = torch.where(largest > 0, largest, 1.0)
     if torch.is_grad_enabled() and any(t.requires_grad for t in present):
-        squares = [(t / unit).square().sum() for t in present]
+        squares = torch.stack([(t / unit).square().sum() for t in present])
     else:
-        squares = [n.square() for n in torch._foreach_norm(torch._foreach_div(present, unit))]
-    square = reduced(torch.stack(squares).sum(), "SUM", group)
+        squares = torch.stack(torch._foreach_norm(torch._foreach_div(present, unit))).square()
+    square = reduced(squares.sum(), "SUM", group)
     positive = square > 0  # the square root has no derivative at 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) * unit
 
