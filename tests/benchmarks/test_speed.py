@@ -63,7 +63,7 @@ def passes(module):
         ("authors' schedule, plain supernet", [14, 12], [7, 5]),
         ("10 forward and 8 backward passes alone", [5, 5], [5, 3]),
         ("Betty, our supernet", None, None),
-        ("mlo", [5, 5], [7, 3]),
+        ("mlo", [5, 5], [5, 3]),
     ],
 )
 def test_passes_of_a_step(name, teacher, student):
