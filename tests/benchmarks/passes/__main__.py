@@ -2,7 +2,7 @@
 
 What a search by Learning by Teaching costs, computed from single passes: the supernet and the student of a recipe are
 built at full size and measured on a few random images; what a round does with them is counted in a small twin of the
-recipe. Nothing of the recipe's data is needed. `docs/cost.md` explains the formula, which is `tests.benchmarks.cost`.
+recipe. Nothing of the recipe's data is needed. `docs/cost.md` explains the formula, which is in `cost`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = sorted(options.batch or ((16, 32, 64) if device.type == "cuda" else (4, 8, 16)))
     search = count(options.recipe, options.overrides)
     networks = measured(options.recipe, options.overrides, batches, device, options.turns)
-    where = f"{torch.cuda.get_device_name(device)}; " * (device.type == "cuda") + describe(machine())
+    where = describe(machine())
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)}; {where}"
     command = " ".join(["python -m tests.benchmarks.passes", options.recipe, *options.overrides])
     real = Rounds(options.recipe, tuple(options.overrides), device).seconds(batches[0])
     expected = replace(search, batch=batches[0]).round(networks)

@@ -1,4 +1,4 @@
-"""The arithmetic of a search's cost: from passes, measured by `measuring` and counted by `counting`, to days and GiB."""
+"""The arithmetic of a search's cost: from passes, measured in `measuring`, counted in `counting`, to days and GiB."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Search:
         warmup_rounds: at its beginning, in which the architecture waits.
         warmup: passes in one of those.
         upper: passes in one of the others.
-        copies: by network, tensors of the size of its weights that there are at most at once.
+        copies: by network, how often each of its weights, with what has its shape, is there at most at once.
         keeps_graph: whether the teacher's graph on the unlabelled images waits for the student's product.
         labelled: whether the student learns from labelled images too, in one loss with the unlabelled ones.
         lower: whether first-order passes are in a lower precision.

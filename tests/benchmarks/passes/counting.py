@@ -19,7 +19,7 @@ from .cost import Counts, Pass, Search
 TWIN = (
     "data={kind: digits}",
     "batch_size=4",
-    "supernet={channels: 4, num_cells: 3}",
+    "supernet={channels: 4, num_cells: 1}",
     "student.width=12",
     "student.small_images=true",
     "levels.architecture.warmup_rounds=2",
@@ -40,8 +40,8 @@ def read(name: str, overrides: Sequence[str]) -> LBTRecipe:
         raise mlo.MloError(f"{name}: expected a recipe of the problem lbt; found {recipe.problem}")
     if recipe.space.num_stages > 1:
         raise mlo.MloError(f"{name}: expected a space of one stage; found {recipe.space.kind}, whose networks change")
-    for level in ("teacher", "student"):
-        estimator = getattr(recipe.levels, level).hypergradient.build()
+    for level, own in (("teacher", recipe.levels.teacher), ("student", recipe.levels.student)):
+        estimator = own.hypergradient.build()
         if not isinstance(estimator, (mlo.FiniteDifference, mlo.FirstOrder)):
             raise mlo.MloError(
                 f"{name}, level {level}: expected finite_difference or first_order, which make ordinary passes; found "
