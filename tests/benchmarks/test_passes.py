@@ -9,8 +9,8 @@ import mlo
 
 from .passes.__main__ import main
 from .passes.cost import Affine, Network, Pass, Search, activations, report, table
-from .passes.counting import count, read
-from .passes.measuring import Rounds, Subject, images_of
+from .passes.counting import count, images_of, read
+from .passes.measuring import Rounds, Subject
 from .speed.memory import MEASURABLE, peak_here
 from .speed.timing import Method
 
@@ -44,7 +44,7 @@ def networks(memory=True):
 
 
 def search(**changes):
-    settings = {"keeps_graph": False, "labelled": True, **changes}
+    settings = {"keeps_graph": False, "labelled": True, "num_batches": 5, "image": 0.5, **changes}
     warmup, upper = Counter({T: 2, TB: 1, S: 2, SB: 2}), Counter({T: 7, TB: 6, S: 5, SB: 3})
     return Search(10, 30, 20, warmup, upper, {"teacher": 3, "student": 2}, **settings)
 
@@ -75,10 +75,11 @@ def test_memory_of_a_search():
         {
             "weights of the teacher, x 3": 3072,
             "weights of the student, x 2": 1024,
+            "images, 5 batches": 25,
             "activations in the validation loss": 160,
         }
     )
-    assert sum(search().mebibytes(networks(), 5).values()) == pytest.approx(4096 + 40)
+    assert sum(search().mebibytes(networks(), 5).values()) == pytest.approx(4096 + 5 + 40)
     assert search().mebibytes(networks(memory=False)) is None
 
 
@@ -104,7 +105,7 @@ def test_the_report_has_the_totals():
     assert "| warm-up | 2 | 1 | 2 | 2 |" in text
     assert "| rest | 7 | 6 | 5 | 3 |" in text
     days = (20 * 73 + 10 * 333 + 20 * 140 + 10 * 270) / 86400
-    assert f"| 1 | {days:.3g} | {(4096 + 160) / 1024:.3g} |" in text
+    assert f"| 1 | {days:.3g} | {(4096 + 25 + 160) / 1024:.3g} |" in text
     assert "GiB |" in text
     assert "| 1 | 0.119 | - |" in report(search(), networks(memory=False))
     assert table(["a", "b"], [[1, 1234.5]])[2] == "| 1 | 1234 |"
@@ -125,6 +126,8 @@ def test_passes_are_counted_in_real_rounds(overrides, warmup, upper):
     assert [found.upper[of] for of in (T, TB, S, SB)] == upper
     assert (found.batch, found.rounds, found.warmup_rounds) == (256, 6250, 4375)
     assert found.keeps_graph == (overrides[:3] == micro(1))
+    assert found.num_batches == 5 * int(overrides[0].rpartition("=")[2])
+    assert found.image == pytest.approx(3 * 224 * 224 * 4 / 2**20)
     assert found.labelled == ("labelled_weight=0.0" not in overrides)
     assert min(found.copies.values()) >= 4  # weights, momentum, and what was recorded of both
 

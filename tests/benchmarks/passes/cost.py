@@ -98,6 +98,8 @@ class Search:
         keeps_graph: whether the teacher's graph on the unlabelled images waits for the student's product.
         labelled: whether the student learns from labelled images too, in one loss with the unlabelled ones.
         lower: whether first-order passes are in a lower precision.
+        num_batches: of images that are there at once; a recorded step keeps those of all its micro-batches.
+        image: MiB of one image.
     """
 
     batch: int
@@ -109,6 +111,8 @@ class Search:
     keeps_graph: bool
     labelled: bool
     lower: bool = False
+    num_batches: int = 0
+    image: float = 0.0
 
     def seconds(self, networks: Mapping[str, Network], processes: int = 1) -> dict[tuple[str, str], float]:
         """Return the seconds of the whole search by (part, network), the batch shared by so many processes for free."""
@@ -131,10 +135,14 @@ class Search:
             networks[name].activations(self.batch / processes, lower=lower)
             for name, lower in (("teacher", self.lower), ("student", self.lower), ("teacher", False))
         )
-        return {
-            f"weights of the {name}, x {self.copies[name]}": self.copies[name] * network.weights
-            for name, network in networks.items()
-        } | activations(teacher, student, full, keeps_graph=self.keeps_graph, labelled=self.labelled)
+        return (
+            {
+                f"weights of the {name}, x {self.copies[name]}": self.copies[name] * network.weights
+                for name, network in networks.items()
+            }
+            | {f"images, {self.num_batches} batches": self.num_batches * self.batch / processes * self.image}
+            | activations(teacher, student, full, keeps_graph=self.keeps_graph, labelled=self.labelled)
+        )
 
 
 def round_seconds(counts: Counts, name: str, network: Network, batch: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mlo
 from mlo.recipes import installed_problems, load_recipe
+from problems.data.recipes import CIFAR10Recipe, CIFAR100Recipe, DigitsRecipe, ImageNetRecipe
 from problems.lbt_experiment import LBTExperiment, LBTRecipe
 
 from ..speed.timing import uncollected
@@ -50,6 +51,24 @@ def read(name: str, overrides: Sequence[str]) -> LBTRecipe:
     return recipe
 
 
+def images_of(recipe: LBTRecipe) -> tuple[int, int, int]:
+    """Return channels, side and classes of a recipe's images.
+
+    Raises:
+        MloError: only the data would tell.
+    """
+    match recipe.data:
+        case ImageNetRecipe(image_size=side):
+            return 3, side, 1000
+        case CIFAR10Recipe():
+            return 3, 32, 10
+        case CIFAR100Recipe():
+            return 3, 32, 100
+        case DigitsRecipe():
+            return 1, 8, 10
+    raise mlo.MloError(f"data: expected imagenet, cifar10, cifar100 or digits; found {recipe.data.kind}")
+
+
 class Watch:
     """Counts the passes of a module, and how many tensors there are at most of one of its weights when a pass begins.
 
@@ -78,6 +97,8 @@ class Watch:
 def count(name: str, overrides: Sequence[str]) -> Search:
     """Return what a recipe asks for, with the passes and the copies of the weights that were counted in its twin."""
     asked = read(name, overrides)
+    channels, side, _ = images_of(asked)
+    teacher_level, student_level, top = asked.levels.teacher, asked.levels.student, asked.levels.architecture
     recipe = read(name, [*overrides, *TWIN])
     with uncollected():  # what was there before is none of the weights
         graph = LBTExperiment(recipe).graph()
@@ -103,6 +124,8 @@ def count(name: str, overrides: Sequence[str]) -> Search:
         keeps_graph=keeps_graph(asked),
         labelled=asked.labelled_weight > 0,
         lower=asked.precision != "fp32",
+        num_batches=teacher_level.micro_batches + 2 * student_level.micro_batches + 2 * top.micro_batches,
+        image=4 * channels * side**2 / 2**20,
     )
 
 

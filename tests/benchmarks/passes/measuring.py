@@ -17,35 +17,16 @@ from torchvision.transforms import v2
 import mlo
 from problems.data import Splits
 from problems.data.images import Images
-from problems.data.recipes import CIFAR10Recipe, CIFAR100Recipe, DigitsRecipe, ImageNetRecipe
 from problems.data.transforms import Preprocessing
 from problems.lbt_experiment import LBTExperiment, LBTRecipe
 
 from ..speed.memory import peak
 from ..speed.timing import Method, Work, uncollected
 from .cost import Network, Pass
-from .counting import read
+from .counting import images_of, read
 
 LOWER = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEBIBYTE = 2**20
-
-
-def images_of(recipe: LBTRecipe) -> tuple[int, int, int]:
-    """Return channels, side and classes of a recipe's images.
-
-    Raises:
-        MloError: only the data would tell.
-    """
-    match recipe.data:
-        case ImageNetRecipe(image_size=side):
-            return 3, side, 1000
-        case CIFAR10Recipe():
-            return 3, 32, 10
-        case CIFAR100Recipe():
-            return 3, 32, 100
-        case DigitsRecipe():
-            return 1, 8, 10
-    raise mlo.MloError(f"data: expected imagenet, cifar10, cifar100 or digits; found {recipe.data.kind}")
 
 
 @dataclass(frozen=True)
