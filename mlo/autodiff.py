@@ -544,7 +544,7 @@ def _option(level: str, name: str, value: Any) -> Tensor:
 
 
 def checked_output(level: str, result: Any) -> Output:
-    """Return what a loss returned as an `Output` of a scalar.
+    """Return what a loss returned as an `Output` of a scalar, its metrics detached.
 
     Raises:
         GraphError: it is not one floating-point number.
@@ -558,4 +558,8 @@ def checked_output(level: str, result: Any) -> Output:
         )
     if loss.dim():
         loss = loss.reshape(())
-    return replace(result, loss=loss) if isinstance(result, Output) else Output(loss)
+    if not isinstance(result, Output):
+        return Output(loss)
+    # With their graphs metrics would keep activations until the round is over.
+    metrics = {name: m.detach() if isinstance(m, Tensor) else m for name, m in result.metrics.items()}
+    return Output(loss, metrics)

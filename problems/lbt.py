@@ -90,8 +90,7 @@ class LearningByTeaching:
         _, (unlabelled, _) = batch
         pseudo_labels = levels.teacher(unlabelled, levels.architecture(levels.progress)).softmax(dim=-1)
         loss = functional.cross_entropy(levels.student(unlabelled), pseudo_labels)
-        # Detached: with micro-batches all metrics wait for the last one, and their graphs would wait with them.
-        return mlo.Output(self.lambda_ * loss, {"pseudo_label_loss": loss.detach()})
+        return mlo.Output(self.lambda_ * loss, {"pseudo_label_loss": loss})
 
     def architecture_loss(self, levels: mlo.Levels, batch: tuple[Labelled, Labelled]) -> mlo.Output:
         """Eq. (3): teacher and student on validation images."""

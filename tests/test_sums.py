@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import mlo
+from mlo.autodiff import checked_output
 
 ESTIMATORS = [
     mlo.FiniteDifference(radius=1e-4),
@@ -101,3 +102,11 @@ def test_a_check_differentiates_terms_too():
     counts = Counter()
     assert engine(mlo.Unroll(), written_as_sum=True, counts=counts).check("weights", progress=False).passed
     assert counts["imitate"] > counts["learn"]
+
+
+def test_metrics_keep_no_graph():
+    loss = torch.ones((), requires_grad=True).exp()
+    kept = checked_output("a", mlo.Output(loss, {"same": loss, "number": 1.0}))
+    assert kept.loss.requires_grad
+    assert not kept.metrics["same"].requires_grad
+    assert kept.metrics["number"] == 1.0
