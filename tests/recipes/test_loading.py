@@ -74,7 +74,7 @@ def test_a_bundled_recipe(tmp_path: Path, write: Write, schemas: Schemas) -> Non
             "batchsize: 3",
             (
                 "batchsize: found an unknown key with the value 3, expected one of problem, description, seed, device, "
-                "precision, rounds, rollback, engine, diagnostics_every, checkpoint_every, "
+                "precision, rounds, rollback, compile, engine, diagnostics_every, checkpoint_every, "
                 "synchronize_batch_norm, threads, levels, batch_size, noise, lambda, shuffle, widths, groups; "
                 "did you mean 'batch_size'?"
             ),
@@ -269,6 +269,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "precision: fp32\n"
         "rounds: 10\n"
         "rollback: false\n"
+        "compile: false\n"
         "engine: mlo\n"
         "diagnostics_every: null\n"
         "checkpoint_every: 50\n"
