@@ -50,7 +50,7 @@ class Level:
         module: the user's module.
         variables: its trainable parameters.
         buffers: its buffers.
-        loss: the user's loss.
+        terms: the user's loss, or those that it is the sum of.
         reads: all levels that the loss may read, detached ones included, itself excluded.
         attached: those of `reads` that are differentiated.
         hyperparameters: options of its optimizer that other levels determine, as functions of them.
@@ -60,7 +60,7 @@ class Level:
 
     name: str
     module: nn.Module
-    loss: Callable[[Levels, Any], Any]
+    terms: tuple[Callable[[Levels, Any], Any], ...]
     reads: tuple[str, ...]
     attached: tuple[str, ...]
     hyperparameters: Mapping[str, Callable[[Levels], Any]] = field(default_factory=dict)
@@ -173,7 +173,7 @@ class LossCall:
             return LevelView(level.module, call)
 
         views = {name: view(name) for name in (self.level, *own.reads)}
-        loss = self.objective or own.loss
+        terms = own.terms if self.objective is None else (self.objective,)
         results = []
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -183,7 +183,7 @@ class LossCall:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             # What other processes see of a batch has draws of its own; a function of variables alone has the same ones.
             rank = rank_of(backend.group) if self.objective is None else 0
-            for index, term in enumerate(loss.terms if isinstance(loss, Sum) else (loss,)):
+            for index, term in enumerate(terms):
                 if only is not None and index in self.reads and self.reads[index].isdisjoint(only):
                     continue
                 key = random_key(self.key, rank, index) if rank or index else self.key

@@ -132,7 +132,7 @@ class Engine:
             p.name: Level(
                 p.name,
                 p.module,
-                p.loss,
+                p.loss.terms if isinstance(p.loss, Sum) else (p.loss,),
                 graph.reads(p.name),
                 graph.structure.reads[p.name],
                 p.hyperparameters,
@@ -533,7 +533,7 @@ class Engine:
         self._levels = {
             name: replace(
                 level,
-                loss=Sum(*map(in_float64, level.loss.terms)) if isinstance(level.loss, Sum) else in_float64(level.loss),
+                terms=tuple(map(in_float64, level.terms)),
                 hyperparameters={key: in_float64(f) for key, f in level.hyperparameters.items()},
                 compiled=None,
             )

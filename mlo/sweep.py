@@ -16,7 +16,6 @@ state) is a constant of the map.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -292,15 +291,16 @@ class Step:
         """
         size = norm(direction, self.call.levels[self.level].variables.group)
         length = radius / torch.where(size > 0, size, radius)
-        moving = [d is not None for d in direction]
+
+        def side(sign: float) -> Tensors:
+            moved = iter(summed(own, offset, sign))
+            return tuple(w if d is None else next(moved) for w, d in zip(self.weights, direction, strict=True))
+
         with torch.set_grad_enabled(self.create_graph):
-            own = list(itertools.compress(self.weights, moving))
+            own = [w for w, d in zip(self.weights, direction, strict=True) if d is not None]
             offset = scaled([d for d in direction if d is not None], length)
-            sides = [list(self.weights), list(self.weights)]
-            for side, sign in zip(sides, (-1.0, 1.0), strict=True):
-                for i, w in zip(itertools.compress(itertools.count(), moving), summed(own, offset, sign), strict=True):
-                    side[i] = w
-        change = self.change(tuple(sides[0]), tuple(sides[1]), targets)
+            before, after = side(-1.0), side(1.0)
+        change = self.change(before, after, targets)
         with torch.set_grad_enabled(self.create_graph):
             return {q: tuple(scaled(tensors, 0.5 / length)) for q, tensors in change.items()}
 

@@ -61,7 +61,12 @@ class _Places:
             (m._parameters, key) for m in parts for key in m._parameters
         ]
         self._buffers: list[tuple[dict[str, Any], str]] = [(m._buffers, key) for m in parts for key in m._buffers]
-        self._owners = [part._modules for part in parts if part._modules]
+        self._norms: list[_Place] = [
+            (owner._modules, key)
+            for owner in parts
+            for key, part in owner._modules.items()
+            if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        ]
 
     @property
     def parameters(self) -> list[Tensor | None]:
@@ -74,17 +79,13 @@ class _Places:
     @property
     def tracking(self) -> list[bool]:
         """Of each normalization; others may have been put in their places."""
-        return [norm.track_running_stats for norm in self._norms()]
+        return [container[key].track_running_stats for container, key in self._norms]
 
     def fill(self, parameters: list[Tensor | None], buffers: list[Tensor | None], tracking: list[bool]) -> None:
         for (container, key), tensor in zip(self._parameters + self._buffers, parameters + buffers, strict=True):
             container[key] = tensor
-        for norm, tracks in zip(self._norms(), tracking, strict=True):
-            norm.track_running_stats = tracks
-
-    def _norms(self) -> list[Any]:
-        norms = (part for parts in self._owners for part in parts.values())
-        return [part for part in norms if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        for (container, key), tracks in zip(self._norms, tracking, strict=True):
+            container[key].track_running_stats = tracks
 
 
 class _AsItWas(AbstractContextManager[None]):
