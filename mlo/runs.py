@@ -227,13 +227,14 @@ class Run:
         if self._group is not None and self.recipe.synchronize_batch_norm:
             for level in graph.levels:
                 synchronize_batch_norm(level.module)
-        recipe = self.recipe
+        recipe, names = self.recipe, graph.structure.names
+        compiled = recipe.compile if isinstance(recipe.compile, bool) else [n for n in recipe.compile if n in names]
         engine = Engine(
             graph,
             seed=recipe.seed,
             device=recipe.device,
             precision=recipe.precision,
-            compile=recipe.compile,
+            compile=compiled,  # another phase than the main one may lack the levels that are named
             **options,
         )
         self._engine = engine  # from here on a signal stops it
@@ -464,8 +465,11 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
     """Refuse a recipe whose engine cannot train its main graph, before anything is written.
 
     Raises:
+        GraphError: `compile` names what is no level of the graph.
         InteropError: another framework is missing, or cannot express the graph.
     """
+    for name in () if isinstance(recipe.compile, bool) else recipe.compile:
+        graph.check_name(name, "compile")
     if recipe.engine != "betty":
         return
     if len(graph.levels) == 1:

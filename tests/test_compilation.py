@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional
 
 import mlo
+from mlo.cli import main
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
@@ -76,3 +78,21 @@ def test_checks_do_without(calls):
     traced = len(calls)
     assert made.check(progress=False).passed
     assert len(calls) == traced > 0
+
+
+def test_levels_named_in_a_recipe_are_those_of_its_search(calls, tmp_path):
+    """The evaluation that follows has other levels."""
+    settings = [
+        "batch_size=16", "supernet.channels=2", "student.width=2", "evaluation.epochs=1", "evaluation.channels=2",
+        "evaluation.batch_size=128", "random_cell=false",
+    ]  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    for names, status in (("[pupil]", 2), ("[student]", 0)):
+        arguments = ["run", "lbt/digits", "--quiet", "--rounds", "1", "--output", str(tmp_path / "run"), *words]
+        done = CliRunner().invoke(main, [*arguments, "--set", f"compile={names}"])
+        assert done.exit_code == status, done.output
+        if status:
+            assert "compile: expected one of the levels teacher, student, architecture; found 'pupil'" in done.output
+            assert not (tmp_path / "run").exists()
+    assert calls
+    assert (tmp_path / "run" / "result.json").exists()

@@ -36,7 +36,7 @@ class Recipe(RecipePart):
         precision: what the losses are computed in.
         rounds: of the problem's main engine; `--rounds` sets it.
         rollback: put the lower levels back before each upper step, and solve them again after it.
-        compile: true, or the names of levels: let first-order passes call their modules under `torch.compile`.
+        compile: true, or names of the main levels: let first-order passes call their modules under `torch.compile`.
         engine: that trains the problem's levels: `mlo`, or `betty` to compare with; single levels are always trained by
             `mlo`.
         diagnostics_every: rounds from one comparison of the hypergradients with the exact ones to the next, or None.
