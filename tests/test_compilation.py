@@ -9,9 +9,8 @@ from torch.nn import functional
 import mlo
 from mlo.cli import main
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # the compiler's own
+# The compiler's own warning.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 def engine(compiled, estimator=None):
