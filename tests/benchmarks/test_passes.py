@@ -11,8 +11,7 @@ from .passes.__main__ import main
 from .passes.cost import Affine, Network, Pass, Search, activations, report, table
 from .passes.counting import count, images_of, read
 from .passes.measuring import Rounds, Subject
-from .speed.memory import MEASURABLE, peak_here
-from .speed.timing import Method
+from .speed.memory import MEASURABLE
 
 T, TB, S, SB = (Pass(n, backward=b) for n in ("teacher", "student") for b in (False, True))
 CPU = torch.device("cpu")
@@ -153,9 +152,8 @@ def test_small_networks_are_measured():
     _, forward = subject.build()
     assert forward(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     torch.testing.assert_close(Subject("lbt/cifar10-rn18-darts", (), S, CPU).macs(), 0.5559, rtol=1e-3, atol=0)
-    found, error = peak_here(Method("", "", subject.prepare), 32, 2) if MEASURABLE else (1.0, "")
-    assert not error
-    assert found > 0
+    found = subject.mebibytes(32)  # in a process of its own: in this one, memory that others freed may do
+    assert found is not None and found > 0 if MEASURABLE else found is None
     assert Rounds("lbt/digits", tuple(small), CPU).seconds(4) > 0
 
 
