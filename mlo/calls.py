@@ -144,8 +144,11 @@ class Calls:
         if isinstance(noted, _Argument):
             if not isinstance(given, Tensor) or noted.tensor._version != noted.version:
                 return False
-            if noted.origin is not None or given.requires_grad:
-                return noted.origin == self._origin(given)
+            origin = self._origin(given)
+            if noted.origin is not None or origin is not None:
+                return noted.origin == origin
+            if given.requires_grad:  # made from variables, as nothing that a kept call was given
+                return False
             kept = noted.tensor
             return kept is given or (
                 kept.shape == given.shape

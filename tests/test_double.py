@@ -23,6 +23,7 @@ def test_a_loss_computes_in_float64_whatever_it_asks_for():
         assert hidden.dtype == (mask + outside).dtype == torch.ones(2, dtype=torch.float32).dtype == torch.float64
         assert outside.softmax(-1, dtype=torch.float32).dtype == outside.to(torch.float32).dtype == torch.float64
         assert torch.stack([x[0], outside[0]]).dtype == torch.float64
+        assert outside.sort().values.dtype == torch.float64  # a tuple with names
         return (hidden * mask).sum() + F.mse_loss(hidden, outside)
 
     result = in_float64(loss)(None, (torch.ones(5, 3), torch.ones(5, dtype=torch.int64)))

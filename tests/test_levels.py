@@ -48,7 +48,7 @@ class Scaled(nn.Module):
 
 
 def exact_and_different_ways(lower, loss, upper_module=None, *, steps=2):
-    """The hypergradients by unrolling and by a fine difference, float64; they share only the recorded step."""
+    """The hypergradients by unrolling and by a fine difference, float64, each compared with the black box too."""
     upper_module = (upper_module or nn.Linear(3, 3)).double()
     lower = lower.double()
     start = [{k: v.clone() for k, v in m.state_dict().items()} for m in (lower, upper_module)]
@@ -67,8 +67,11 @@ def exact_and_different_ways(lower, loss, upper_module=None, *, steps=2):
             ],
             [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
         )  # fmt: skip
-        gradient = mlo.Engine(graph, device="cpu").hypergradient("up")
+        engine = mlo.Engine(graph, device="cpu")
+        gradient = engine.hypergradient("up")
         found.append(torch.cat([g.reshape(-1) for g in gradient.values()]))
+        (checked,) = engine.check("up", directions=4, progress=False).levels
+        assert checked.error < 1e-5
     return found
 
 
