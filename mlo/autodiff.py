@@ -7,7 +7,7 @@ free. Everything else in the package (steps, sweeps, second-order products) is b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlo.calls import Calls
+from mlo.calls import Calls, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
 from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables
-from mlo.randomness import random_key, seed_generators
+from mlo.randomness import random_key, seed_generators, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
+
+_AS_IS = nullcontext()
 
 Gradient = tuple[Tensor | None, ...]
 """A gradient as autograd gives it: None where the loss does not depend on the parameter."""
@@ -56,6 +58,9 @@ class Level:
         hyperparameters: options of its optimizer that other levels determine, as functions of them.
         compiled: the module under `torch.compile`, which first-order passes call instead of it.
         parts: of the module, itself the first.
+        names: of the level and all that it reads.
+        view: of the module as first-order passes call it.
+        habits: of the calls that its loss makes.
     """
 
     name: str
@@ -68,8 +73,15 @@ class Level:
     variables: Variables = field(init=False)
     buffers: Buffers = field(init=False)
     parts: tuple[nn.Module, ...] = field(init=False)
+    names: tuple[str, ...] = field(init=False)
+    view: LevelView = field(init=False)
+    habits: Habits = field(init=False, default_factory=Habits)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names", (self.name, *self.reads))
+        object.__setattr__(
+            self, "view", LevelView(self.module, self.module if self.compiled is None else self.compiled)
+        )
         object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
@@ -122,7 +134,7 @@ class LossCall:
             values: of the levels whose parameters are to be replaced; the others keep the module's own.
             moves_buffers: whether the level's own buffers may move (in its own step only).
         """
-        names = (self.level, *self.levels[self.level].reads)
+        names = self.levels[self.level].names
         if moves_buffers and self.recorded:
             self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
         with ExitStack() as stack:
@@ -165,22 +177,20 @@ class LossCall:
 
         def view(name: str) -> LevelView:
             level = self.levels[name]
-            call = level.module if double_backward or level.compiled is None else level.compiled
             if name != self.level and replay is not None:
-                call = replay.player(name, level.module, used)
-            elif name != self.level and record is not None:
-                call = record.recorder(name, level.parts)
-            return LevelView(level.module, call)
+                return LevelView(level.module, replay.player(name, level.module, used))
+            if name != self.level and record is not None:
+                return LevelView(level.module, record.recorder(name, level.parts))
+            return LevelView(level.module, level.module) if double_backward else level.view
 
-        views = {name: view(name) for name in (self.level, *own.reads)}
+        views = {name: view(name) for name in own.names}
         terms = own.terms if self.objective is None else (self.objective,)
         results = []
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            if backend.autocast is not None:
-                stack.enter_context(torch.autocast(backend.device.type, backend.autocast, enabled=autocast))
-            if double_backward:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        casting = (
+            torch.autocast(backend.device.type, backend.autocast, enabled=autocast) if backend.autocast else _AS_IS
+        )
+        attention = sdpa_kernel(SDPBackend.MATH) if double_backward else _AS_IS
+        with _AS_IS if torch.is_grad_enabled() else torch.enable_grad(), casting, attention:
             # What other processes see of a batch has draws of its own; a function of variables alone has the same ones.
             rank = rank_of(backend.group) if self.objective is None else 0
             for index, term in enumerate(terms):
@@ -192,6 +202,14 @@ class LossCall:
                 results.append(checked_output(self.level, term(levels, self.batch)))
                 if self.objective is None:
                     self.reads[index] = levels._accessed
+                if (
+                    (accessed is not None or (record is not None and record.calls))
+                    and not own.habits.draws
+                    and were_drawn_from(key)
+                ):
+                    own.habits.draws = True
+                    if record is not None:  # by how much a kept call moves the generators has not been written down
+                        record.forget()
                 if accessed is not None:
                     accessed |= levels._accessed
         return Sum.of(results or [torch.zeros((), device=backend.device)])
@@ -244,12 +262,8 @@ class LossCall:
         *,
         create_graph: bool = False,
         moves_buffers: bool = False,
-        autocast: bool = False,
-        record: Calls | None = None,
-        replay: Calls | None = None,
         follows: Sequence[str] = (),
-        only: Collection[str] | None = None,
-        scale: float = 1.0,
+        **options: Any,
     ) -> Iterator[Gradients]:
         """Differentiate the loss with respect to the levels `wrt`; what is bound stays in force within the block.
 
@@ -260,71 +274,106 @@ class LossCall:
             values: by level; levels not given are read at their module's own parameters.
             wrt: the levels to differentiate with respect to.
             create_graph: make the gradients differentiable themselves.
-            moves_buffers: as for `in_force`.
-            autocast: as for `evaluate`.
-            record: as for `evaluate`.
-            replay: as for `evaluate`; cotangents of its stand-ins are returned in `leaves`.
-            follows: levels read at their module's own parameters that the graph must reach, although not in `wrt`.
-            only: as for `evaluate`.
-            scale: factor on the loss during the backward pass, divided out again (for fp16).
+            moves_buffers: whether the level's own buffers may move.
+            follows: levels read at their own parameters that the graph must reach, although not in `wrt`.
+            options: for the evaluation (`autocast`, `record`, `replay`, `only`) and the backward pass: `scale`, a
+                factor on the loss, divided out again (for fp16).
         """
-        in_place = self._is_in_place(create_graph=create_graph)
-        record = None if in_place else record  # FSDP frees what a kept graph would go back through
-        bound: dict[str, Tensors] = {}
+        inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
+        with self.in_force(bound, moves_buffers=moves_buffers):
+            yield self._gradients(inputs, wrt, create_graph=create_graph, **options)
+
+    def gradients(
+        self,
+        values: Mapping[str, Tensors],
+        wrt: Sequence[str],
+        *,
+        create_graph: bool = False,
+        moves_buffers: bool = False,
+        follows: Sequence[str] = (),
+        **options: Any,
+    ) -> Gradients:
+        """Return what `differentiated` gives."""
+        inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
+        with self.in_force(bound, moves_buffers=moves_buffers):
+            return self._gradients(inputs, wrt, create_graph=create_graph, **options)
+
+    def _bindings(
+        self, values: Mapping[str, Tensors], wrt: Sequence[str], follows: Sequence[str], *, create_graph: bool
+    ) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+        """Return what to differentiate with respect to, and what takes the place of parameters, by level."""
+        own, in_place = self.levels[self.level], self._is_in_place(create_graph=create_graph)
         inputs: dict[str, Tensors] = {}
-        for name in (self.level, *self.levels[self.level].reads):
-            tensors = self.constants.get(name, values.get(name))
+        bound: dict[str, Tensors] = {}
+        for name in own.names:
+            variables, tensors = self.levels[name].variables, self.constants.get(name, values.get(name))
             if tensors is None:
                 if name in wrt and not in_place:
-                    inputs[name] = self.levels[name].variables.parameters
+                    inputs[name] = variables.parameters
                 elif name in wrt:
-                    own = self.levels[name].variables.detached()
-                    inputs[name] = bound[name] = tuple(t.requires_grad_() for t in own)
+                    inputs[name] = bound[name] = tuple(t.detach().requires_grad_() for t in variables.tensors)
                 elif name not in follows:
-                    bound[name] = self.levels[name].variables.detached()
-            elif name in wrt or name == self.level:  # an alias, so that the derivative is partial
+                    bound[name] = variables.detached()
+            elif name in wrt or (name == self.level and create_graph):  # an alias, so that the derivative is partial
                 inputs[name] = bound[name] = tuple(alias(t, create_graph=create_graph) for t in tensors)
-            elif create_graph and name in self.levels[self.level].attached:
+            elif create_graph and name in own.attached:
                 bound[name] = tensors
             else:  # by value
                 bound[name] = tuple(t.detach() for t in tensors)
-        leaves = replay.leaves if replay is not None else []
-        flat = [t for name in wrt for t in inputs.get(name, ())] + leaves
         group = self.backend.group
         if group is not None and not in_place:
-            for name in (self.level, *self.levels[self.level].reads):
+            for name in own.names:
                 live = self.levels[name].variables.parameters if name in wrt or name in follows else ()
                 used = bound.get(name, live)
                 if any(t.requires_grad for t in used):
                     bound[name] = replicate(used, group)
-        with self.in_force(bound, moves_buffers=moves_buffers):
-            output = self.evaluate(
-                autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
+        return inputs, bound
+
+    def _gradients(
+        self,
+        inputs: Mapping[str, Tensors],
+        wrt: Sequence[str],
+        *,
+        create_graph: bool,
+        autocast: bool = False,
+        record: Calls | None = None,
+        replay: Calls | None = None,
+        only: Collection[str] | None = None,
+        scale: float = 1.0,
+    ) -> Gradients:
+        """Differentiate with respect to `inputs` with what is in force."""
+        in_place = self._is_in_place(create_graph=create_graph)
+        record = None if in_place else record  # FSDP frees what a kept graph would go back through
+        output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only)
+        flat = [t for name in wrt for t in inputs.get(name, ())]
+        flat += replay.leaves if replay is not None else ()
+        grads: Gradient = (None,) * len(flat)
+        if output.loss.requires_grad and flat and in_place:
+            grads = self._backward(output.loss * scale, inputs, wrt)
+        elif output.loss.requires_grad and flat:
+            # Where the gradient is to be differentiated, its seed is variable: an operation that has no second
+            # derivative then leaves a trace, even if it is the loss's last.
+            grads = torch.autograd.grad(
+                output.loss * scale if scale != 1.0 else output.loss,
+                flat,
+                torch.ones_like(output.loss, requires_grad=create_graph),
+                create_graph=create_graph,
+                retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
+                allow_unused=True,
             )
-            grads: Gradient = (None,) * len(flat)
-            if output.loss.requires_grad and flat and in_place:
-                grads = self._backward(output.loss * scale, inputs, wrt)
-            elif output.loss.requires_grad and flat:
-                # Where the gradient is to be differentiated, its seed is variable: an operation that has no second
-                # derivative then leaves a trace, even if it is the loss's last.
-                grads = torch.autograd.grad(
-                    output.loss * scale if scale != 1.0 else output.loss,
-                    flat,
-                    torch.ones_like(output.loss, requires_grad=create_graph),
-                    create_graph=create_graph,
-                    retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
-                    allow_unused=True,
-                )
-            if scale != 1.0:
-                grads = tuple(g / scale if g is not None else None for g in grads)
-            sizes = {name: len(inputs[name]) for name in wrt if name in inputs}
-            of = {name: (None,) * len(self.levels[name].variables.parameters) for name in wrt} | split(grads, sizes)
-            loss = output.loss.detach()
-            if group is not None and in_place:
-                loss, of = self._average(loss, of)
-            elif group is not None:
-                loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
-            yield Gradients(loss, output.metrics, of, grads[sum(sizes.values()) :])
+        if scale != 1.0:
+            grads = tuple(g / scale if g is not None else None for g in grads)
+        of: dict[str, Gradient] = {}
+        end = 0
+        for name in wrt:
+            begin, end = end, end + len(inputs.get(name, ()))
+            of[name] = grads[begin:end] if name in inputs else (None,) * len(self.levels[name].variables.parameters)
+        loss, group = output.loss.detach(), self.backend.group
+        if group is not None and in_place:
+            loss, of = self._average(loss, of)
+        elif group is not None:
+            loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
+        return Gradients(loss, output.metrics, of, grads[end:])
 
     def _is_in_place(self, *, create_graph: bool) -> bool:
         """Whether the loss reads a sharded level, which can only be evaluated in place.
@@ -332,6 +381,8 @@ class LossCall:
         Raises:
             MloError: derivatives are to be differentiated in a graph with such a level.
         """
+        if self.backend.group is None:
+            return False
         sharded = [name for name, level in self.levels.items() if level.variables.sharded]
         if create_graph and sharded:
             raise MloError(
@@ -339,14 +390,14 @@ class LossCall:
                 f"sharded; found one that takes second-order products here. Choose mlo.Penalty(), or outside a nest "
                 f"mlo.FiniteDifference() or mlo.SAMA()."
             )
-        return any(name in sharded for name in (self.level, *self.levels[self.level].reads))
+        return any(name in sharded for name in self.levels[self.level].names)
 
     def _backward(self, loss: Tensor, inputs: Mapping[str, Tensors], wrt: Sequence[str]) -> Gradient:
         """Return what `torch.autograd.grad` would, by a backward pass, which is what FSDP listens to."""
         with ExitStack() as stack:
             found: dict[str, Sequence[Tensor | None]] = {
                 name: stack.enter_context(variables.collecting())
-                for name in (self.level, *self.levels[self.level].reads)
+                for name in self.levels[self.level].names
                 if isinstance(variables := self.levels[name].variables, ShardedVariables)
             }
             loss.backward()  # type: ignore[no-untyped-call]
@@ -360,11 +411,6 @@ class LossCall:
         found = average([loss, *gradients], [loss, *parameters], self.backend.group)
         assert found[0] is not None
         return found[0], {**of, **split(found[1:], {name: len(of[name]) for name in names})}
-
-    def gradients(self, values: Mapping[str, Tensors], wrt: Sequence[str], **options: Any) -> Gradients:
-        """Return what `differentiated` gives."""
-        with self.differentiated(values, wrt, **options) as found:
-            return found
 
 
 @dataclass(frozen=True)
@@ -457,6 +503,9 @@ def split(flat: Gradient, sizes: Mapping[str, int]) -> dict[str, Gradient]:
     return parts
 
 
+_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     """Return the Euclidean norm over all entries, a scalar tensor (at least one entry must not be None).
 
@@ -468,10 +517,17 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     """
     given = [t for t in tensors if t is not None]
     present = [t for t in given if t.numel()] or [given[0].new_zeros(1)]  # a shard may be empty
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
+    if not differentiable and all(t.dtype in _SINGLE for t in present) and present[0].device.type != "mps":
+        lengths = torch.stack(torch._foreach_norm(present, 2, dtype=torch.float64))
+        total = (
+            torch.linalg.vector_norm(lengths) if group is None else reduced(lengths.square().sum(), "SUM", group).sqrt()
+        )
+        return total.to(torch.result_type(present[0], present[-1]))
     with torch.no_grad():
         largest = reduced(torch.stack(torch._foreach_norm(present, float("inf"))).amax(), "MAX", group)
         unit = torch.where(largest > 0, largest, 1.0)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
+    if differentiable:
         squares = torch.stack([(t / unit).square().sum() for t in present])
     else:
         squares = torch.stack(torch._foreach_norm(torch._foreach_div(present, unit))).square()
@@ -489,6 +545,9 @@ def scaled(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
     """Return tensors times a number; of a scalar tensor's dtype they do not take any notice."""
     if torch.is_grad_enabled():  # the derivatives of the fused operation fail where only some of its outputs are used
         return [t * (factor.to(t.dtype) if isinstance(factor, Tensor) else factor) for t in tensors]
+    if not isinstance(factor, Tensor):  # several times faster on the CPU than with a number
+        double = any(t.dtype == torch.float64 for t in tensors)
+        factor = torch.scalar_tensor(factor, dtype=torch.float64 if double else torch.float32)
     return list(torch._foreach_mul(list(tensors), factor)) if tensors else []
 
 
@@ -500,10 +559,9 @@ def summed(a: Sequence[Tensor], b: Sequence[Tensor], sign: float = 1.0) -> list[
 
 
 def accumulate(total: Mapping[str, Tensors], found: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """Add cotangents to those of the same levels in `total`; levels that are not found keep theirs."""
-    return {
-        q: tuple(a + b for a, b in zip(own, found[q], strict=True)) if q in found else own for q, own in total.items()
-    }
+    """Add cotangents level by level; a level that one of the two leaves out keeps those of the other."""
+    both = {q: tuple(a + b for a, b in zip(own, found[q], strict=True)) for q, own in total.items() if q in found}
+    return {**total, **found, **both}
 
 
 def alias(tensor: Tensor, *, create_graph: bool) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,26 @@ class _Argument:
     tensor: Tensor
     version: int
     origin: tuple[int, int] | None
+
+
+_PATIENCE = 6
+
+
+@dataclass
+class Habits:
+    """What has been seen of the calls that one level's loss makes of other levels' modules.
+
+    Attributes:
+        misses: by level, how often in a row a call of its module had to be made again although calls were kept.
+        draws: whether the loss or a module that it calls drew from Python's or NumPy's generator.
+    """
+
+    misses: dict[str, int] = field(default_factory=dict)
+    draws: bool = False
+
+    def keeps(self, level: str) -> bool:
+        """Return whether calls of a level's module are worth keeping: those kept so far were of use, or were few."""
+        return self.misses.get(level, 0) < _PATIENCE
 
 
 class Call:
@@ -54,11 +74,13 @@ class Calls:
 
     Args:
         device: whose random generator the calls may draw from.
+        habits: of the loss, brought up to date.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, habits: Habits) -> None:
         self.calls: list[Call] = []
         self._device = device
+        self._habits = habits
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
     @property
@@ -68,6 +90,8 @@ class Calls:
 
     def recorder(self, level: str, parts: Sequence[nn.Module]) -> Callable[..., Any]:
         """Return a function that calls a module, given as all its parts, and keeps the calls that can be kept."""
+        if not self._habits.keeps(level):
+            return parts[0]
         return lambda *args, **kwargs: self._record(level, parts, args, kwargs)
 
     def _record(self, level: str, parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,13 +100,14 @@ class Calls:
         arguments = self._note((args, kwargs)) if keepable else None
         if arguments is None:
             return module(*args, **kwargs)
-        before, attributes = generator_states(self._device), [list(vars(part).values()) for part in parts]
+        attributes = [list(vars(part).values()) for part in parts]
+        before = generator_states(self._device, only_torch=not self._habits.draws)
         output = module(*args, **kwargs)
         if not _is_plain(output) or not all(map(_same_tensors, attributes, parts)):
             return output  # a loss may go on to read what the module left in an attribute
         if _share_memory((args, kwargs), output):
             return output  # or write through an alias
-        after = generator_states(self._device)
+        after = generator_states(self._device, only_torch=not self._habits.draws)
         self.calls.append(Call(level, arguments, output, None if before == after else after))
         return self._hand_out(len(self.calls) - 1, lambda output, _: output.clone())
 
@@ -99,21 +124,33 @@ class Calls:
             for index, call in enumerate(self.calls):
                 if call.level == level and index not in used and self._same(call.arguments, (args, kwargs)):
                     used.add(index)
+                    self._habits.misses[level] = 0
                     if call.states is not None:
                         set_generator_states(call.states, self._device)
                     return self._hand_out(index, lambda output, leaf: (output if leaf is None else leaf).clone())
+            self._habits.misses[level] = self._habits.misses.get(level, 0) + 1
             return module(*args, **kwargs)
 
         return play
 
+    def forget(self) -> None:
+        """Keep none of the calls made so far."""
+        self.calls.clear()
+        self._origins.clear()
+
     def pull_back(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """Pull cotangents of `leaves` back through the kept graphs onto `inputs` (one entry each, None for zero)."""
+        """Pull cotangents of `leaves` back through the kept graphs onto `inputs` (one entry each, None for zero).
+
+        What does not require a gradient is no parameter, and no kept graph leads there.
+        """
         outputs = [output for call in self.calls for output in call.graph_outputs]
         pairs = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if c is not None]
         if not pairs:
             return (None,) * len(inputs)
         reached, grad_outputs = zip(*pairs, strict=True)
-        return torch.autograd.grad(reached, list(inputs), grad_outputs, retain_graph=True, allow_unused=True)
+        parameters = [t for t in inputs if t.requires_grad]
+        found = iter(torch.autograd.grad(reached, parameters, grad_outputs, retain_graph=True, allow_unused=True))
+        return tuple(next(found) if t.requires_grad else None for t in inputs)
 
     def _hand_out(self, index: int, copy: Callable[[Tensor, Tensor | None], Tensor]) -> Any:
         """Return copies of a call's output, which the loss may write into, and remember where they are from."""

@@ -143,7 +143,9 @@ def align(module: nn.Module, group: Group) -> None:
 @torch.no_grad()
 def average_buffers(module: nn.Module, group: Group) -> None:
     """Let all processes have the means of their floating-point buffers, such as running statistics."""
-    buffers = [b for b in module.buffers() if b.is_floating_point()] if group is not None else []
+    if group is None:
+        return
+    buffers = [b for b in module.buffers() if b.is_floating_point()]
     for buffer, mean in zip(buffers, average(buffers, buffers, group), strict=True):
         assert mean is not None
         buffer.copy_(mean)

@@ -26,7 +26,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -375,7 +375,7 @@ class Engine:
         """
         inside = self.graph.structure.inside[name]
         diagnosed = bool(inside) and self._diagnosing and f"{name}.hypergradient_cosine" not in self._tallies
-        with self._restored(inside if self._rollback else ()):
+        with self._restored(inside) if self._rollback else nullcontext():
             solve = self._solve(name, repeatable=repeatable or diagnosed)
             found, step = self._sweep(
                 name, solve, recorded=recorded, moves_buffers=True, reuses=reuses, diagnosed=diagnosed
@@ -444,9 +444,10 @@ class Engine:
         state = self._states[name]
         world = self._world()
         call = self._next_call(name, world, recorded=recorded)
-        attached = self.graph.structure.reads[name]
-        reuses = reuses and self._backend.autocast is None  # products are not taken in lower precision
-        calls = Calls(self._backend.device) if reuses and attached and len(call.parts) == 1 else None
+        habits = self._levels[name].habits
+        reuses = reuses and self._backend.autocast is None and len(call.parts) == 1  # products are in full precision
+        reuses = reuses and any(habits.keeps(q) for q in self.graph.structure.reads[name])
+        calls = Calls(self._backend.device, habits) if reuses else None
         found = sweep(
             self._context,
             call,
@@ -574,13 +575,16 @@ class Engine:
         return self.rounds_done / self.total_rounds if self.total_rounds else 0.0
 
     def _tally(self, name: str, found: Gradients) -> None:
-        rate = self.graph[name].optimizer.param_groups[0].get("lr", float("nan"))
-        own = {"loss": found.loss, **found.metrics, "learning_rate": rate}
-        figures = [*((name, metric, value) for metric, value in own.items()), *self._journal.figures]
+        def note(level: str, metric: str, value: Tensor | float) -> None:
+            self._tallies.setdefault(f"{level}.{metric}", []).append(value)
+
+        note(name, "loss", found.loss)
+        for metric, value in found.metrics.items():
+            note(name, metric, value)
+        note(name, "learning_rate", self.graph[name].optimizer.param_groups[0].get("lr", float("nan")))
+        for level, metric, value in self._journal.figures:
+            note(level, metric, value.detach() if isinstance(value, Tensor) else value)
         self._journal.figures.clear()
-        for level, metric, value in figures:
-            kept = value.detach() if isinstance(value, Tensor) else value
-            self._tallies.setdefault(f"{level}.{metric}", []).append(kept)
 
     def _averaged(self, metrics: dict[str, float]) -> dict[str, float]:
         """Return the means over the processes."""

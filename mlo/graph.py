@@ -66,7 +66,8 @@ class Graph:
         self._check_sharded()
 
     def __getitem__(self, name: str) -> Problem:
-        self.check_name(name, "level")
+        if name not in self._by_name:
+            self.check_name(name, "level")
         return self._by_name[name]
 
     def inside(self, name: str) -> frozenset[str]:

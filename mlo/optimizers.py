@@ -210,21 +210,24 @@ class Update:
         buckets: list[_Bucket] = []
         state: list[dict[str, Tensor]] = [{} for _ in parameters]
         for group in optimizer.param_groups:
-            options = {key: _kept(value) for key, value in group.items() if key != "params"}
+            options = {
+                key: value.detach().clone() if isinstance(value, Tensor) else value  # a scheduler may write into it
+                for key, value in group.items()
+                if key != "params"
+            }
             by_kind: dict[tuple[Any, ...], list[int]] = {}
             for p in group["params"]:
                 i = index.get(id(p))
                 if i is None:
                     continue
-                own = optimizer.state.get(p, {})
-                state[i] = {
-                    key: local(value).clone()
-                    for key, value in own.items()
-                    if isinstance(value, Tensor) and key != "step" and value.shape == p.shape
-                }
+                own, step = state[i], 0.0
+                for key, value in optimizer.state.get(p, {}).items():
+                    if key == "step":
+                        step = float(value)
+                    elif isinstance(value, Tensor) and value.shape == p.shape:
+                        own[key] = local(value).clone()
                 if gradient[i] is not None:
-                    kind = (float(own.get("step", 0)), tuple(sorted(state[i])), p.dtype)
-                    by_kind.setdefault(kind, []).append(i)
+                    by_kind.setdefault((step, tuple(own), p.dtype), []).append(i)
             buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]
         own_class = type(optimizer)
         rule = _RULES.get(own_class, _no_rule(own_class))
@@ -256,6 +259,7 @@ class Update:
         state_cotangent: OptimizerState | None,
         *,
         create_graph: bool = False,
+        before: bool = True,
     ) -> UpdateCotangents:
         """Pull cotangents of the new weights and the new state back through the step.
 
@@ -265,10 +269,11 @@ class Update:
             cotangent: of the new weights.
             state_cotangent: of the new state, or None for zero.
             create_graph: keep the result differentiable.
+            before: whether those of the weights and the state before the step are wanted; empty otherwise.
         """
         if self.rule is sgd and self.clip_norm is None and not self.hyperparameters:
             with torch.set_grad_enabled(create_graph):
-                return self._pull_back_sgd(gradient, cotangent, state_cotangent)
+                return self._pull_back_sgd(gradient, cotangent, state_cotangent, before=before)
         with torch.enable_grad():
             w = tuple(alias(t, create_graph=create_graph) for t in weights)
             g = tuple(None if t is None else alias(t, create_graph=create_graph) for t in gradient)
@@ -279,6 +284,7 @@ class Update:
         for i, own in enumerate(state_cotangent or ()):
             outputs += [new_s[i][name] for name in own]
             cotangents += own.values()
+        w, s = (w, s) if before else ((), ())
         inputs = [*w, *(t for t in g if t is not None), *(t for own in s for t in own.values()), *h.values()]
         # A parameter that the step leaves alone is its own output.
         grads = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, create_graph=create_graph))
@@ -293,7 +299,7 @@ class Update:
         return UpdateCotangents(a_w, a_g, a_s, {name: following(t) for name, t in h.items()})
 
     def _pull_back_sgd(
-        self, gradient: Gradient, cotangent: Tensors, state_cotangent: OptimizerState | None
+        self, gradient: Gradient, cotangent: Tensors, state_cotangent: OptimizerState | None, *, before: bool
     ) -> UpdateCotangents:
         """Pull back through `sgd`, which is linear, by its transpose: of the same numbers, without a graph."""
         a_w: list[Tensor] = list(cotangent)
@@ -307,12 +313,13 @@ class Update:
                 total = scaled(a, momentum) if o["nesterov"] else a
                 later = [a_s[i].get("momentum_buffer") for i in ids]
                 total = [t if c is None else t + c for t, c in zip(total, later, strict=True)]
-                before = bool(self.state[ids[0]])
-                for i, t in zip(ids, scaled(total, momentum) if before else total, strict=True):
-                    a_s[i] = {"momentum_buffer": t} if before else {}
-                total = scaled(total, 1 - o["dampening"]) if before and o["dampening"] else total
+                has_buffer = bool(self.state[ids[0]])
+                if before:
+                    for i, t in zip(ids, scaled(total, momentum) if has_buffer else total, strict=True):
+                        a_s[i] = {"momentum_buffer": t} if has_buffer else {}
+                total = scaled(total, 1 - o["dampening"]) if has_buffer and o["dampening"] else total
                 total = summed(a, total) if o["nesterov"] else total
-            if _acts(decay):
+            if before and _acts(decay):
                 for i, t in zip(ids, summed([a_w[i] for i in ids], scaled(total, decay)), strict=True):
                     a_w[i] = t
             for i, t in zip(ids, scaled(total, -1.0) if o["maximize"] else total, strict=True):
@@ -320,7 +327,7 @@ class Update:
         for i, g in enumerate(gradient):
             if a_g[i] is None and g is not None:  # the optimizer does not hold the parameter
                 a_g[i] = torch.zeros_like(g)
-        return UpdateCotangents(tuple(a_w), tuple(a_g), tuple(a_s), {})
+        return UpdateCotangents(tuple(a_w) if before else (), tuple(a_g), tuple(a_s) if before else (), {})
 
     def signs(self) -> dict[int, float]:
         """Return, for each parameter that the step moves, 1, or -1 where the optimizer maximizes."""
@@ -372,11 +379,6 @@ def _coupled(weights: Tensor, gradient: Tensor, options: Mapping[str, Any]) -> T
 def _acts(value: float | Tensor) -> bool:
     """Whether an option takes effect; one that is differentiated does, even at zero."""
     return isinstance(value, Tensor) or bool(value)
-
-
-def _kept(value: Any) -> Any:
-    """Copy an option that a scheduler may write into."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -26,8 +26,7 @@ def random_key(*parts: int | str) -> int:
 
 def seed_generators(key: int, device: torch.device) -> None:
     """Seed the global generators of Python, NumPy, torch on the CPU and torch on `device`."""
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 - the global generator is the one that users' losses draw from
+    _seed_python_and_numpy(key)
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.manual_seed(key)
@@ -35,8 +34,26 @@ def seed_generators(key: int, device: torch.device) -> None:
         torch.mps.manual_seed(key)
 
 
+def _seed_python_and_numpy(key: int) -> None:
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 - the global generator is the one that users' losses draw from
+
+
+def were_drawn_from(key: int) -> bool:
+    """Return whether Python's or NumPy's generator was drawn from since `seed_generators(key)`.
+
+    To read their states takes ten times as long; but they have to be seeded again afterwards.
+    """
+    found = (random.getrandbits(64), np.random.bytes(8))  # noqa: NPY002
+    _seed_python_and_numpy(key)
+    return found != (random.getrandbits(64), np.random.bytes(8))  # noqa: NPY002
+
+
 class GeneratorStates:
-    """Where the global generators of Python, NumPy, torch on the CPU and torch on a device stand."""
+    """Where the global generators of Python, NumPy, torch on the CPU and torch on a device stand.
+
+    Those of Python and NumPy are None where they were left out.
+    """
 
     def __init__(self, python: Any, numpy: Any, torch_states: tuple[torch.Tensor, ...]) -> None:
         self.python = python
@@ -47,29 +64,33 @@ class GeneratorStates:
         """Whether both would draw the same."""
         return (
             isinstance(other, GeneratorStates)
-            and self.python == other.python
-            and self.numpy[2:] == other.numpy[2:]
-            and np.array_equal(self.numpy[1], other.numpy[1])
             and all(map(torch.equal, self.torch, other.torch))
+            and self.python == other.python
+            and (self.numpy is None) == (other.numpy is None)
+            and (self.numpy is None or self.numpy[2:] == other.numpy[2:])
+            and (self.numpy is None or np.array_equal(self.numpy[1], other.numpy[1]))
         )
 
     __hash__ = None  # type: ignore[assignment]
 
 
-def generator_states(device: torch.device) -> GeneratorStates:
-    """Return where the global generators stand."""
+def generator_states(device: torch.device, *, only_torch: bool = False) -> GeneratorStates:
+    """Return where the global generators stand, all or those of torch."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     elif device.type == "mps":
         states.append(torch.mps.get_rng_state())
+    if only_torch:
+        return GeneratorStates(None, None, tuple(states))
     return GeneratorStates(random.getstate(), np.random.get_state(), tuple(states))  # noqa: NPY002
 
 
 def set_generator_states(states: GeneratorStates, device: torch.device) -> None:
     """Put the global generators back to where they stood."""
-    random.setstate(states.python)
-    np.random.set_state(states.numpy)  # noqa: NPY002
+    if states.numpy is not None:
+        random.setstate(states.python)
+        np.random.set_state(states.numpy)  # noqa: NPY002
     torch.set_rng_state(states.torch[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states.torch[1], device)

@@ -60,7 +60,8 @@ class Weights:
 
     def materialize(self) -> None:
         """Take a copy, because the module's parameters are about to change."""
-        self.tensors = tuple(t.detach().clone() for t in self.tensors)
+        with torch.no_grad():
+            self.tensors = tuple(t.clone() for t in self.tensors)
         self.live = False
 
 
@@ -194,14 +195,21 @@ class Step:
         """The level's variables just before the step."""
         return self.world[self.level].tensors
 
-    def pull_back_update(self, cotangent: Tensors, state_cotangent: OptimizerState | None = None) -> UpdateCotangents:
+    def pull_back_update(
+        self, cotangent: Tensors, state_cotangent: OptimizerState | None = None, *, before: bool = True
+    ) -> UpdateCotangents:
         """Pull cotangents of the weights and optimizer state after the step back through the optimizer (and clipping).
+
+        Args:
+            cotangent: of the weights.
+            state_cotangent: of the optimizer state, None for zero.
+            before: whether those of weights and state before the step are wanted; empty otherwise.
 
         Returns:
             The cotangents of what the optimizer was given: weights, gradient, optimizer state, hyperparameters.
         """
         return self.update.pull_back(
-            self.weights, self.gradient, cotangent, state_cotangent, create_graph=self.create_graph
+            self.weights, self.gradient, cotangent, state_cotangent, create_graph=self.create_graph, before=before
         )
 
     def pull_back_hyperparameters(
@@ -239,7 +247,7 @@ class Step:
         if self.inner is None and len(self.call.parts) > 1:
             yield self._mean_product
             return
-        values = self._values(targets, self.weights)
+        values = self._values(self.weights, targets)
         inputs = self._inputs(values, targets)
         kept = self._kept
         with self._total(values, [self.level], create_graph=True, follows=targets) as found:
@@ -254,7 +262,7 @@ class Step:
                     flat += kept.leaves
                 grads: Gradient = (None,) * len(flat)
                 pairs = [
-                    (g, d.to(g.dtype))
+                    (g, d if d.dtype == g.dtype else d.to(g.dtype))
                     for g, d in zip(gradient, direction, strict=True)
                     if g is not None and d is not None and g.requires_grad
                 ]
@@ -290,7 +298,8 @@ class Step:
         radius.
         """
         size = norm(direction, self.call.levels[self.level].variables.group)
-        length = radius / torch.where(size > 0, size, radius)
+        rate = (size * (1 / radius)).clamp_min(torch.finfo(size.dtype).tiny)
+        length = rate.reciprocal()
 
         def side(sign: float) -> Tensors:
             moved = iter(summed(own, offset, sign))
@@ -302,7 +311,7 @@ class Step:
             before, after = side(-1.0), side(1.0)
         change = self.change(before, after, targets)
         with torch.set_grad_enabled(self.create_graph):
-            return {q: tuple(scaled(tensors, 0.5 / length)) for q, tensors in change.items()}
+            return {q: tuple(scaled(tensors, rate * 0.5)) for q, tensors in change.items()}
 
     def change(
         self,
@@ -324,7 +333,7 @@ class Step:
         sides: list[Gradient] = []
         inputs: dict[str, Tensors] = {}
         for weights, own in zip((before, after), ends, strict=True):
-            values = self._values(targets, weights)
+            values = self._values(weights, targets if self.inner is not None else ())
             inputs = self._inputs(values, targets)
             with self._total(values, targets, ends=own) as found:
                 sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
@@ -339,7 +348,7 @@ class Step:
             ends: where the levels inside go on from, instead of the start of the recorded solve; brought up to date, so
                 that they converge over many calls however few their steps are.
         """
-        with self._total(self._values((), weights), [self.level], ends=ends) as found:
+        with self._total(self._values(weights), [self.level], ends=ends) as found:
             return like_recorded(self.gradient, found.of[self.level], weights)
 
     def thinned(self) -> Step:
@@ -364,13 +373,19 @@ class Step:
             return None
         return self.calls
 
-    def _values(self, targets: Iterable[str], own: Tensors) -> dict[str, Tensors]:
-        """Return the values to evaluate at; levels left out are read live, at their module's own parameters."""
-        values = values_of(self.world)
-        for q in targets:
+    def _values(self, own: Tensors, inputs: Iterable[str] = ()) -> dict[str, Tensors]:
+        """Return the values to evaluate at; levels left out are read live, at their module's own parameters.
+
+        Args:
+            own: of the level itself.
+            inputs: levels whose values are to be tensors of their own, to differentiate what is found once more.
+        """
+        values = {**values_of(self.world), self.level: own}
+        for q in inputs:
             if q in values or self.inner is not None:  # a repeated solve must tell partial from total derivatives
-                values[q] = self._alias(self.world[q].tensors)
-        values[self.level] = self._alias(own)
+                values[q] = tuple(
+                    alias(t, create_graph=self.create_graph) for t in values.get(q, self.world[q].tensors)
+                )
         return values
 
     def _inputs(self, values: Mapping[str, Tensors], targets: Sequence[str]) -> dict[str, Tensors]:
@@ -413,9 +428,6 @@ class Step:
                 f"mlo.FiniteDifference() or mlo.SAMA(); or leave its modules uncompiled, with operations that torch "
                 f"can differentiate often enough."
             ) from error
-
-    def _alias(self, tensors: Tensors) -> Tensors:
-        return tuple(alias(t, create_graph=self.create_graph) for t in tensors)
 
     def _split(self, grads: Gradient, inputs: Mapping[str, Tensors]) -> dict[str, Tensors]:
         count = sum(len(t) for t in inputs.values())
@@ -606,8 +618,8 @@ def sweep(
         for q, c in context.estimators[p].pullback(dense(gradient, world[p].tensors), response).items():
             if q in targets:
                 total[q] = add(total[q], c) if q in total else tuple(c)
-    none = {q: (None,) * len(world[q].tensors) for q in wrt if q not in total}
-    return replace(direct, of={q: total[q] for q in wrt if q in total} | none)
+    of = {q: total[q] if q in total else (None,) * len(world[q].tensors) for q in wrt}
+    return Gradients(direct.loss, direct.metrics, of)
 
 
 def like_recorded(recorded: Gradient, gradient: Gradient, weights: Tensors) -> Gradient:

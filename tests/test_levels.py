@@ -1,7 +1,9 @@
 """Losses read levels through views that change nothing, whatever the module is made of."""
 
+import random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -135,6 +137,70 @@ def test_losses_of_all_kinds(loss, steps):
     exact, near = exact_and_different_ways(nn.Linear(3, 3), loss, steps=steps)
     assert exact.norm() > 0
     torch.testing.assert_close(near, exact, rtol=1e-5, atol=1e-8)
+
+
+class Noisy(nn.Linear):
+    """Draws from the generators that are not torch's, an odd number of normal ones among them."""
+
+    noise = 0.1
+
+    def forward(self, x):
+        if self.noise:
+            return super().forward(x) * random.random() + self.noise * np.random.normal()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25])
+@pytest.mark.parametrize("estimator", [mlo.Unroll(), mlo.FiniteDifference(radius=1e-4, last=None)], ids=repr)
+def test_draws_from_python_and_numpy_are_those_of_the_step(estimator, start):
+    """Also where a loss begins to draw when calls of the module have been kept without a note of its draws."""
+    torch.manual_seed(0)
+    low, up = nn.Linear(3, 3).double(), Noisy(3, 3).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def fit(levels, batch):
+        if levels.progress < start:
+            return (levels.low(batch) - nn.functional.linear(batch, levels.up.weight)).square().mean()
+        target = levels.up(batch)
+        return ((levels.low(batch) - target) * (random.random() + np.random.normal())).square().mean()
+
+    def judge(levels, batch):
+        return levels.low(batch).square().sum() + levels.up.weight.square().sum()
+
+    graph = mlo.Graph(
+        [
+            mlo.Problem("low", low, fit, torch.optim.SGD(low.parameters(), lr=0.1), [x], hypergradient=estimator,
+                        steps=2),
+            mlo.Problem("up", up, judge, torch.optim.SGD(up.parameters(), lr=0.01), [x]),
+        ],
+        [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
+    )  # fmt: skip
+    engine = mlo.Engine(graph, seed=2, device="cpu")
+    engine.run(1, total_rounds=2, progress=False)
+    (level,) = engine.check("up", directions=4, progress=False).levels
+    assert level.error < 1e-5
+
+
+@pytest.mark.parametrize(("weighs", "of_use"), [(True, False), (False, True)])
+def test_calls_are_kept_as_long_as_they_are_of_use(weighs, of_use):
+    """A module whose arguments move with the level's own variables never gets the same call twice in a difference."""
+    low, up = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def fit(levels, batch):
+        found = levels.low(batch)
+        return (found * levels.up(found.detach() if weighs else batch)).square().mean()
+
+    graph = mlo.Graph(
+        [
+            mlo.Problem("low", low, fit, torch.optim.SGD(low.parameters(), lr=0.1), [torch.ones(5, 3)]),
+            mlo.Problem("up", up, lambda levels, batch: levels.low(batch).square().sum(),
+                        torch.optim.SGD(up.parameters(), lr=0.1), [torch.ones(5, 3)]),
+        ],
+        [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
+    )  # fmt: skip
+    engine = mlo.Engine(graph, device="cpu")
+    engine.run(5, progress=False)
+    assert engine._levels["low"].habits.keeps("up") == of_use
 
 
 def test_structured_outputs_and_keywords():

@@ -25,22 +25,27 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
         response: the level's recorded steps.
         last: how many steps to go back, None for all recorded ones; the state before them counts as constant.
         product: the second-order product.
+
+    Returns:
+        The cotangents of the targets; those left out are zero.
     """
     num = len(response.steps) if last is None else min(last, len(response.steps))
     start = response.start if response.complete and num == len(response.steps) else None
-    total = {q: response.zeros(q) for q in response.targets}
-
+    total: dict[str, Tensors] = {}
     state_cotangent = None
     for index, step in enumerate(islice(response.backwards(), num)):
-        a_weights, direction, state_cotangent, a_options = step.pull_back_update(cotangent, state_cotangent)
-        total = accumulate(total, step.pull_back_hyperparameters(a_options, response.current(step)))
         goes_on = index < num - 1 or start is not None
+        a_weights, direction, state_cotangent, a_options = step.pull_back_update(
+            cotangent, state_cotangent, before=goes_on
+        )
+        total = accumulate(total, step.pull_back_hyperparameters(a_options, response.current(step)))
         targets = (response.level, *response.current(step)) if goes_on else response.current(step)
         if targets and any(d is not None for d in direction):  # else the step's loss did not depend on the level
             products = product(step, direction, targets)
-            own = products.pop(response.level, response.zeros(response.level))
+            if goes_on:
+                own = products.pop(response.level)
+                cotangent = tuple(a + b for a, b in zip(a_weights, own, strict=True))
             total = accumulate(total, products)
-            cotangent = tuple(a + b for a, b in zip(a_weights, own, strict=True))
         else:
             cotangent = a_weights
     return total if start is None else accumulate(total, {start: cotangent})
