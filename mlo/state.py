@@ -118,10 +118,11 @@ class LevelState:
         kept = [(p, p.grad) for p in (*parameters, *held) if p.grad is not None]
         for p, _ in kept:  # a frozen parameter may still have a gradient
             p.grad = None
+        tensors = self.level.variables.tensors
         with torch.no_grad():  # copies: the record keeps the gradient, and an optimizer may write into its own
             for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
                 if g is not None:
-                    parameters[i].grad = like_parameter(i, g.clone(memory_format=torch.contiguous_format))
+                    parameters[i].grad = like_parameter(i, torch.empty_like(tensors[i]).copy_(g))
         self.problem.optimizer.step()
         for p in parameters:
             p.grad = None

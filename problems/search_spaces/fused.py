@@ -29,7 +29,7 @@ from problems.search_spaces.cells import PLAIN, CellPrimitives, CellShape, EdgeO
 from problems.search_spaces.depthwise import depthwise, is_channels_last
 from problems.search_spaces.genotypes import NUM_INPUTS
 from problems.search_spaces.pc_darts import PartialOperation, shuffle_channels
-from problems.search_spaces.primitives import FactorizedReduce
+from problems.search_spaces.primitives import FactorizedReduce, every_second
 
 _CACHED = 1 << 19
 """Numbers in the branches that run as one on a CPU; measured, with 16 to 64 images of 8 to 32 pixels a side."""
@@ -130,12 +130,20 @@ class _Sum:
         self.passing: Tensor | None = None
         self.k = 1
 
-    def add(self, branch: Tensor, *, in_quarters: bool = False) -> None:
-        """Add a branch, which must be no view of anything and is written into later."""
-        if in_quarters:
-            self.quarters = branch if self.quarters is None else self.quarters.add_(branch)
+    def add(self, branch: Tensor, *, is_part: bool = False, in_quarters: bool = False) -> None:
+        """Add a branch.
+
+        Args:
+            branch: The first one is written into later.
+            is_part: Whether it is a part of a tensor that has others, too, and must stay as it is.
+            in_quarters: See `_Images`.
+        """
+        name = "quarters" if in_quarters else "whole"
+        before = getattr(self, name)
+        if before is not None:
+            before.add_(branch)
         else:
-            self.whole = branch if self.whole is None else self.whole.add_(branch)
+            setattr(self, name, branch.clone() if is_part else branch)
 
     def add_product(self, x: Tensor, weight: Tensor) -> None:
         """Add the product of anything and a scalar."""
@@ -238,8 +246,8 @@ class _Source:
         joined = torch.cat([half for pair in pairs for half in pair], dim=1)
         norms = [operation.norm for _, operation, _ in skips]
         branches = self.statistics.normalize(joined, norms, [scale for _, _, scale in skips])
-        for (edge, _, _), branch in zip(skips, _parts(branches, len(skips)), strict=True):
-            edge.sum.add(branch)
+        for (edge, _, _), branch in zip(skips, branches.chunk(len(skips), dim=1), strict=True):
+            edge.sum.add(branch, is_part=len(skips) > 1)
 
     def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Any], scales: Sequence[Tensor]) -> None:
         """Run (ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm), once or more, for several edges."""
@@ -257,8 +265,8 @@ class _Source:
             y = functional.conv2d(y, _cat([part[2].weight for part in parts]), groups=len(edges))
             norms = [part[3] for part in parts]
             y = self.statistics.normalize(y, norms, scales if block == num_blocks - 1 else None)
-        for edge, branch in zip(edges, _parts(y, len(edges)), strict=True):
-            edge.sum.add(branch, in_quarters=images.in_quarters)
+        for edge, branch in zip(edges, y.chunk(len(edges), dim=1), strict=True):
+            edge.sum.add(branch, is_part=len(edges) > 1, in_quarters=images.in_quarters)
 
     def _images(self, dilation: int) -> _Images:
         """What a convolution reads, rectified, so that it is a plain one where that is possible."""
@@ -266,11 +274,11 @@ class _Source:
         if dilation != 2:
             return _Images(x, self.stride, dilation)
         if self.stride == 2:  # with dilation 2 it reads even rows and columns only
-            return _Images(x[:, :, ::2, ::2], 1, 1)
+            return _Images(every_second(x, 0), 1, 1)
         if x.shape[2] % 2 or x.shape[3] % 2:
             return _Images(x, 1, 2)
         if self.quarters is None:
-            self.quarters = torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+            self.quarters = _quarter(x)
         return _Images(self.quarters, 1, 1, in_quarters=True)
 
 
@@ -346,9 +354,17 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-def _parts(x: Tensor, count: int) -> Sequence[Tensor]:
-    """Cut channels into parts that may be written into."""
-    return [x] if count == 1 else [part.clone() for part in x.chunk(count, dim=1)]
+def _quarter(x: Tensor) -> Tensor:
+    """Return the pixels of even rows and columns, of even rows and odd columns, and so on, one after the other.
+
+    What slices would give; but their gradients would be laid out with the pixels of a channel next to each other.
+    """
+    count, channels, height, width = x.shape
+    if is_channels_last(x):
+        rows = x.permute(0, 2, 3, 1).reshape(count, height // 2, 2, width // 2, 2, channels)
+        return rows.permute(2, 4, 0, 1, 3, 5).reshape(4 * count, height // 2, width // 2, channels).permute(0, 3, 1, 2)
+    rows = x.reshape(count, channels, height // 2, 2, width // 2, 2)
+    return rows.permute(3, 5, 0, 1, 2, 4).reshape(4 * count, channels, height // 2, width // 2)
 
 
 def _join(quarters: Tensor) -> Tensor:

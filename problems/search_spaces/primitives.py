@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from problems.search_spaces.depthwise import is_channels_last
+
 Primitive = Callable[[int, int, bool], nn.Module]
 """A constructor `(channels, stride, affine) -> module`; the module keeps the number of channels."""
 
@@ -64,14 +66,24 @@ class FactorizedReduce(nn.Module):
 
         An odd side has one even pixel more than odd ones: a border of zeros makes up for it.
         """
-        odd, height, width = x[:, :, 1::2, 1::2], x.shape[2] % 2, x.shape[3] % 2
-        return x[:, :, ::2, ::2], functional.pad(odd, (0, width, 0, height)) if height or width else odd
+        odd, height, width = every_second(x, 1), x.shape[2] % 2, x.shape[3] % 2
+        return every_second(x, 0), functional.pad(odd, (0, width, 0, height)) if height or width else odd
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in_channels, h, w) to (batch, out_channels, ceil(h / 2), ceil(w / 2))."""
         even, odd = self.halves(functional.relu(x))
         halved: Tensor = self.norm(torch.cat((self.even(even), self.odd(odd)), dim=1))
         return halved
+
+
+def every_second(x: Tensor, first: int) -> Tensor:
+    """Return the pixels of every second row and column, beginning with the one of number `first`.
+
+    The gradient of a slice is laid out in the order of the dimensions sliced, so that they are put into that of memory.
+    """
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1)[:, first::2, first::2].permute(0, 3, 1, 2)
+    return x[:, :, first::2, first::2]
 
 
 def relu_conv_norm(in_channels: int, out_channels: int, affine: bool) -> nn.Sequential:

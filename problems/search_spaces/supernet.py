@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from problems.search_spaces.cells import (
     EdgeOperation,
@@ -195,7 +196,7 @@ class Supernet(nn.Module):
             else:
                 output = cell(before_last, last, weights.normal, weights.normal_edges, normal_states)
             before_last, last = last, output
-        logits: Tensor = self.classifier(last.mean(dim=(2, 3)))
+        logits: Tensor = self.classifier(functional.avg_pool2d(last, last.shape[2:]).flatten(1))
         return logits
 
 
