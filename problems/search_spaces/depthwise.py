@@ -143,12 +143,12 @@ def _pullback(
     (stride, dilation), padding = how, _padding(w.shape, how)
     of_x, of_w = wanted
     found_x = found_w = None
-    if stride == 1 and x.device.type == "cpu":  # there oneDNN is faster at what PyTorch does not ask it for
-        if of_x:
+    if x.device.type == "cpu":  # there oneDNN is faster at what PyTorch does not ask it for
+        if of_x and stride == 1:
             found_x = functional.conv2d(g, w.flip(2, 3), padding=padding, dilation=dilation, groups=len(w))
             of_x = False
         if of_w and dilation == 1 and w.shape[-1] > _COLUMNS and x.dtype == torch.float32 and is_channels_last(x):
-            found_w = _correlate_by_columns(x, g, w.shape[-1])
+            found_w = _correlate_by_columns(x, g, w.shape[-1], stride)
             of_w = False
     if of_x or of_w:
         found = torch.ops.aten.convolution_backward(
@@ -159,23 +159,28 @@ def _pullback(
 
 
 _COLUMNS = 3
-"""Widest kernels that oneDNN has a fast weight gradient for."""
+"""Widest kernels that oneDNN has a fast weight gradient for; higher ones must not be higher than the images."""
 
 
-def _correlate_by_columns(x: Tensor, g: Tensor, k: int) -> Tensor:
-    """Put w^(x, g) together from kernels of k rows and a few columns each, stride and dilation being 1."""
-    channels, width = x.shape[1], x.shape[3]
-    padded = functional.pad(x, (k // 2, k // 2))
-    parts = []
-    for first in range(0, k, _COLUMNS):
-        columns = min(_COLUMNS, k - first)
-        images = padded[..., first : first + width + columns - 1].contiguous(memory_format=torch.channels_last)
-        kernels = x.new_empty(channels, 1, k, columns)
-        found = torch.ops.aten.convolution_backward(
-            g, images, kernels, None, [1, 1], [k // 2, 0], [1, 1], False, [0, 0], channels, [False, True, False]
-        )
-        parts.append(found[1])
-    return torch.cat(parts, dim=3)
+def _correlate_by_columns(x: Tensor, g: Tensor, k: int, stride: int) -> Tensor:
+    """Put w^(x, g) together from kernels of k rows and a few columns each, of the same parity; dilation is 1."""
+    channels, height, width = x.shape[1:]
+    border = k // 2
+    above = border if height <= k else 0  # zeros that are put there, not left to the convolution
+    found = x.new_empty(channels, 1, k, k)
+    for parity in range(stride):
+        for first in range(parity, k, stride * _COLUMNS):
+            columns = found[..., first : first + stride * _COLUMNS : stride]
+            # What they meet: the columns of the images from number `first - border`, in strides.
+            before = max(0, -((first - border) // stride))
+            met = x[..., first - border + stride * before :: stride]
+            after = g.shape[3] + columns.shape[3] - 1 - before - met.shape[3]
+            images = functional.pad(met, (before, after, above, above))
+            padding = [border - above, 0]
+            columns[...] = torch.ops.aten.convolution_backward(
+                g, images, columns, None, [stride, 1], padding, [1, 1], False, [0, 0], channels, [False, True, False]
+            )[1]
+    return found
 
 
 def _padding(shape: Shape, how: How) -> int:

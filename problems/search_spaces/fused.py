@@ -99,7 +99,8 @@ class FusedCell(SearchCell):
             _Source(nodes[source], self.strides[source], statistics).feed(edges)
         nodes.append(sums[-1].node())
         statistics.write()
-        return torch.cat(nodes[NUM_INPUTS:], dim=1)
+        joined: Tensor = _Concatenate.apply(*nodes[NUM_INPUTS:])
+        return joined
 
 
 class _Edge(NamedTuple):
@@ -138,12 +139,15 @@ class _Sum:
             is_part: Whether it is a part of a tensor that has others, too, and must stay as it is.
             in_quarters: See `_Images`.
         """
-        name = "quarters" if in_quarters else "whole"
-        before = getattr(self, name)
+        before = self.quarters if in_quarters else self.whole
         if before is not None:
             before.add_(branch)
+            return
+        first = branch.clone() if is_part else branch
+        if in_quarters:
+            self.quarters = first
         else:
-            setattr(self, name, branch.clone() if is_part else branch)
+            self.whole = first
 
     def add_product(self, x: Tensor, weight: Tensor) -> None:
         """Add the product of anything and a scalar."""
@@ -182,7 +186,8 @@ class _Source:
         self.statistics = statistics
         # A CPU gains by groups as long as its caches hold them.
         self.num_grouped = max(1, _CACHED // x.numel()) if x.device.type == "cpu" else 1 << 30
-        self.quarters: Tensor | None = None
+        self.images: dict[int, _Images] = {}
+        self.found: dict[tuple[bool, tuple[int, ...]], tuple[Sequence[_Edge], Tensor]] = {}
 
     def feed(self, edges: Sequence[_Edge]) -> None:
         """Add to the sum of each edge what the edge makes of this node."""
@@ -211,6 +216,22 @@ class _Source:
             else:
                 for edge, operation, scale in zip(some, operations, scales, strict=True):
                     edge.sum.add_product(operation(self.x), scale)
+        self._hand_over()
+
+    def _add(self, edges: Sequence[_Edge], branches: Tensor, *, in_quarters: bool = False) -> None:
+        """Add branches of several edges, side by side; they are taken apart once, after all have been added up."""
+        key = in_quarters, tuple(map(id, edges))
+        if key in self.found:
+            self.found[key][1].add_(branches)
+        else:
+            self.found[key] = (edges, branches)
+
+    def _hand_over(self) -> None:
+        for (in_quarters, _), (edges, branches) in self.found.items():
+            several = len(edges) > 1
+            parts = branches.chunk(len(edges), dim=1) if several else (branches,)
+            for edge, part in zip(edges, parts, strict=True):
+                edge.sum.add(part, is_part=several, in_quarters=in_quarters)
 
     def _pass_by(self, edges: Sequence[_Edge], passing: Tensor) -> None:
         if self.stride == 2:
@@ -246,15 +267,13 @@ class _Source:
         joined = torch.cat([half for pair in pairs for half in pair], dim=1)
         norms = [operation.norm for _, operation, _ in skips]
         branches = self.statistics.normalize(joined, norms, [scale for _, _, scale in skips])
-        for (edge, _, _), branch in zip(skips, branches.chunk(len(skips), dim=1), strict=True):
-            edge.sum.add(branch, is_part=len(skips) > 1)
+        self._add([edge for edge, _, _ in skips], branches)
 
     def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Any], scales: Sequence[Tensor]) -> None:
         """Run (ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm), once or more, for several edges."""
         num_blocks = len(operations[0]) // BLOCK
         images = self._images(operations[0][1].dilation[0] if num_blocks == 1 else 1)
-        # Tensor.repeat would lay the channels out anew.
-        y = torch.cat([images.y] * len(edges), dim=1) if len(edges) > 1 else images.y
+        y = images.repeated(len(edges))
         for block in range(num_blocks):
             parts = [operation[BLOCK * block : BLOCK * (block + 1)] for operation in operations]
             if block > 0:
@@ -265,31 +284,46 @@ class _Source:
             y = functional.conv2d(y, _cat([part[2].weight for part in parts]), groups=len(edges))
             norms = [part[3] for part in parts]
             y = self.statistics.normalize(y, norms, scales if block == num_blocks - 1 else None)
-        for edge, branch in zip(edges, y.chunk(len(edges), dim=1), strict=True):
-            edge.sum.add(branch, is_part=len(edges) > 1, in_quarters=images.in_quarters)
+        self._add(edges, y, in_quarters=images.in_quarters)
 
     def _images(self, dilation: int) -> _Images:
         """What a convolution reads, rectified, so that it is a plain one where that is possible."""
-        x = self.rectified
-        if dilation != 2:
-            return _Images(x, self.stride, dilation)
-        if self.stride == 2:  # with dilation 2 it reads even rows and columns only
-            return _Images(every_second(x, 0), 1, 1)
-        if x.shape[2] % 2 or x.shape[3] % 2:
-            return _Images(x, 1, 2)
-        if self.quarters is None:
-            self.quarters = _quarter(x)
-        return _Images(self.quarters, 1, 1, in_quarters=True)
+        if dilation not in self.images:
+            x = self.rectified
+            if dilation != 2:
+                found = _Images(x, self.stride, dilation)
+            elif self.stride == 2:  # with dilation 2 it reads even rows and columns only
+                found = _Images(every_second(x, 0), 1, 1)
+            elif x.shape[2] % 2 or x.shape[3] % 2:
+                found = _Images(x, 1, 2)
+            else:
+                found = _Images(_quarter(x), 1, 1, in_quarters=True)
+            self.images[dilation] = found
+        return self.images[dilation]
 
 
-class _Images(NamedTuple):
-    """What a depthwise convolution reads, and how."""
+class _Images:
+    """What a depthwise convolution reads, and how.
 
-    y: Tensor
-    stride: int
-    dilation: int
-    in_quarters: bool = False
-    """Whether the batch consists of the quarters of the images, all first ones, all second ones, and so on."""
+    Args:
+        y: The images, (batch, channels, height, width).
+        stride: Of the convolution.
+        dilation: Of the convolution.
+        in_quarters: Whether the batch consists of the quarters of the images, all first ones, all second ones, and so
+            on.
+    """
+
+    def __init__(self, y: Tensor, stride: int, dilation: int, *, in_quarters: bool = False) -> None:
+        self.stride = stride
+        self.dilation = dilation
+        self.in_quarters = in_quarters
+        self._repeated = {1: y}
+
+    def repeated(self, count: int) -> Tensor:
+        """Return the channels so many times; not to be written into."""
+        if count not in self._repeated:  # Tensor.repeat would lay the channels out anew
+            self._repeated[count] = torch.cat([self._repeated[1]] * count, dim=1)
+        return self._repeated[count]
 
 
 class _Statistics:
@@ -348,6 +382,20 @@ def _are_alike(norms: Sequence[Any]) -> bool:
         == (norms[0].momentum, norms[0].eps, norms[0].track_running_stats)
         for norm in norms
     )
+
+
+class _Concatenate(torch.autograd.Function):
+    """`torch.cat` of channels, whose gradients have the layout of what they are gradients of: all edges read them."""
+
+    @staticmethod
+    def forward(ctx: Any, *nodes: Tensor) -> Tensor:
+        ctx.sizes = [node.shape[1] for node in nodes]
+        return torch.cat(nodes, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        memory_format = torch.channels_last if is_channels_last(g) else torch.contiguous_format
+        return tuple(part.contiguous(memory_format=memory_format) for part in g.split(ctx.sizes, dim=1))
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
