@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -281,7 +282,7 @@ class LossCall:
         """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
         with self.in_force(bound, moves_buffers=moves_buffers):
-            yield self._gradients(inputs, wrt, create_graph=create_graph, **options)
+            yield self._gradients(inputs, bound, wrt, create_graph=create_graph, **options)
 
     def gradients(
         self,
@@ -296,7 +297,7 @@ class LossCall:
         """Return what `differentiated` gives."""
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
         with self.in_force(bound, moves_buffers=moves_buffers):
-            return self._gradients(inputs, wrt, create_graph=create_graph, **options)
+            return self._gradients(inputs, bound, wrt, create_graph=create_graph, **options)
 
     def _bindings(
         self, values: Mapping[str, Tensors], wrt: Sequence[str], follows: Sequence[str], *, create_graph: bool
@@ -314,7 +315,8 @@ class LossCall:
                     inputs[name] = bound[name] = tuple(t.detach().requires_grad_() for t in variables.tensors)
                 elif name not in follows:
                     bound[name] = variables.detached()
-            elif name in wrt or (name == self.level and create_graph):  # an alias, so that the derivative is partial
+            elif name in wrt or (name == self.level and (create_graph or own.habits.differentiates)):
+                # An alias, so that the derivative is partial.
                 inputs[name] = bound[name] = tuple(alias(t, create_graph=create_graph) for t in tensors)
             elif create_graph and name in own.attached:
                 bound[name] = tensors
@@ -332,6 +334,7 @@ class LossCall:
     def _gradients(
         self,
         inputs: Mapping[str, Tensors],
+        bound: Mapping[str, Tensors],
         wrt: Sequence[str],
         *,
         create_graph: bool,
@@ -341,10 +344,19 @@ class LossCall:
         only: Collection[str] | None = None,
         scale: float = 1.0,
     ) -> Gradients:
-        """Differentiate with respect to `inputs` with what is in force."""
+        """Differentiate with respect to `inputs` with what is `bound` in force."""
         in_place = self._is_in_place(create_graph=create_graph)
         record = None if in_place else record  # FSDP frees what a kept graph would go back through
-        output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only)
+        evaluate = partial(
+            self.evaluate, autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
+        )
+        try:
+            output = evaluate()
+        except RuntimeError as error:
+            if self.level in inputs or "not require grad" not in str(error):
+                raise
+            self._let_loss_differentiate(bound)
+            output = evaluate()
         flat = [t for name in wrt for t in inputs.get(name, ())]
         flat += replay.leaves if replay is not None else ()
         grads: Gradient = (None,) * len(flat)
@@ -374,6 +386,12 @@ class LossCall:
         elif group is not None:
             loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
         return Gradients(loss, output.metrics, of, grads[end:])
+
+    def _let_loss_differentiate(self, bound: Mapping[str, Tensors]) -> None:
+        """Let the loss take derivatives with respect to the level's own variables, now that it has been seen to."""
+        self.levels[self.level].habits.differentiates = True
+        for t in bound.get(self.level, ()):
+            t.requires_grad_()
 
     def _is_in_place(self, *, create_graph: bool) -> bool:
         """Whether the loss reads a sharded level, which can only be evaluated in place.

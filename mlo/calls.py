@@ -42,10 +42,12 @@ class Habits:
     Attributes:
         misses: by level, how often in a row a call of its module had to be made again although calls were kept.
         draws: whether the loss or a module that it calls drew from Python's or NumPy's generator.
+        differentiates: whether the loss itself takes derivatives with respect to the level's own variables.
     """
 
     misses: dict[str, int] = field(default_factory=dict)
     draws: bool = False
+    differentiates: bool = False
 
     def keeps(self, level: str) -> bool:
         """Return whether calls of a level's module are worth keeping: those kept so far were of use, or were few."""

@@ -203,6 +203,43 @@ def test_calls_are_kept_as_long_as_they_are_of_use(weighs, of_use):
     assert engine._levels["low"].habits.keeps("up") == of_use
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [mlo.FiniteDifference(last=None), mlo.SAMA(), mlo.Penalty(steps=20), mlo.Unroll(), mlo.ConjugateGradient()],
+    ids=repr,
+)
+def test_a_loss_may_differentiate_itself(estimator):
+    """A penalty on its gradient gives the hypergradient of the same penalty written out."""
+
+    def hypergradient(gradient):
+        torch.manual_seed(0)
+        low, up = nn.Linear(3, 1, bias=False).double(), nn.Linear(3, 1).double()
+        x = torch.randn(5, 3, dtype=torch.float64)
+
+        def fit(levels, batch):
+            error = levels.low(batch) - levels.up(batch)
+            loss = error.square().mean()
+            return loss + 0.01 * gradient(loss, levels.low.weight, error, batch).pow(4).sum()
+
+        def judge(levels, batch):
+            return levels.low(batch).square().mean()
+
+        graph = mlo.Graph(
+            [
+                mlo.Problem("low", low, fit, torch.optim.SGD(low.parameters(), lr=0.02), [x], hypergradient=estimator,
+                            steps=3),
+                mlo.Problem("up", up, judge, torch.optim.SGD(up.parameters(), lr=0.1), [x]),
+            ],
+            [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
+        )  # fmt: skip
+        return mlo.Engine(graph, device="cpu").hypergradient("up")
+
+    found = hypergradient(lambda loss, weight, *_: torch.autograd.grad(loss, weight, create_graph=True)[0])
+    expected = hypergradient(lambda loss, weight, error, x: 2 * error.T @ x / len(x))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    assert found["weight"].abs().max() > 1e-3
+
+
 def test_structured_outputs_and_keywords():
     def loss(levels, batch):
         out = levels.up(batch[1], factor=0.5)

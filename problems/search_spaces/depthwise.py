@@ -164,7 +164,7 @@ _COLUMNS = 3
 
 def _correlate_by_columns(x: Tensor, g: Tensor, k: int, stride: int) -> Tensor:
     """Put w^(x, g) together from kernels of k rows and a few columns each, of the same parity; dilation is 1."""
-    channels, height, width = x.shape[1:]
+    channels, height = x.shape[1:3]
     border = k // 2
     above = border if height <= k else 0  # zeros that are put there, not left to the convolution
     found = x.new_empty(channels, 1, k, k)
