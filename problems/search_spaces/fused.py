@@ -203,7 +203,8 @@ class _Source:
                 if name != "skip_connect":
                     having.setdefault(name, []).append(edge)
         for name, some in having.items():
-            operations = [edge.operation.operations[name] for edge in some]
+            modules = [edge.operation.operations[name] for edge in some]
+            operations = [tuple(module) for module in modules]  # slices of an nn.Sequential would be new modules
             scales = [edge.row[edge.operation.primitives.index(name)] for edge in some]
             if isinstance(operations[0][0], nn.MaxPool2d | nn.AvgPool2d):
                 pooled = self.statistics.normalize_alike(operations[0][0](self.x), [op[1] for op in operations])
@@ -214,8 +215,8 @@ class _Source:
                     part = slice(first, first + self.num_grouped)
                     self._convolve(some[part], operations[part], scales[part])
             else:
-                for edge, operation, scale in zip(some, operations, scales, strict=True):
-                    edge.sum.add_product(operation(self.x), scale)
+                for edge, module, scale in zip(some, modules, scales, strict=True):
+                    edge.sum.add_product(module(self.x), scale)
         self._hand_over()
 
     def _add(self, edges: Sequence[_Edge], branches: Tensor, *, in_quarters: bool = False) -> None:
@@ -269,7 +270,7 @@ class _Source:
         branches = self.statistics.normalize(joined, norms, [scale for _, _, scale in skips])
         self._add([edge for edge, _, _ in skips], branches)
 
-    def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Any], scales: Sequence[Tensor]) -> None:
+    def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Sequence[Any]], scales: Sequence[Tensor]) -> None:
         """Run (ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm), once or more, for several edges."""
         num_blocks = len(operations[0]) // BLOCK
         images = self._images(operations[0][1].dilation[0] if num_blocks == 1 else 1)

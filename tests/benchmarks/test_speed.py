@@ -7,6 +7,9 @@ from functools import partial
 import pytest
 import torch
 
+from problems.search_spaces import Architecture, Supernet
+from problems.search_spaces.cells import SearchCell
+
 from .speed import cleaning, depth, lbt_step, overhead, unrolling
 from .speed.__main__ import BEGIN, BENCHMARKS, END, main, run, write
 from .speed.memory import MEASURABLE, peak, peak_here
@@ -39,6 +42,14 @@ def test_times_beside_the_loop_by_hand(name):
     else:
         assert numbers[name]["agreement"] < depth.AGREEMENT
         assert len(rows(text, "3 ")[0]) == 2
+
+
+def test_the_published_cell_is_the_plain_one():
+    torch.manual_seed(0)
+    plain, published = (Supernet(10, 4, 3, cell=cell).double() for cell in (SearchCell, lbt_step.PublishedCell))
+    published.load_state_dict(plain.state_dict())
+    images, architecture = torch.randn(2, 3, 8, 8).double(), Architecture().double()
+    torch.testing.assert_close(published(images, architecture()), plain(images, architecture()))
 
 
 def passes(module):

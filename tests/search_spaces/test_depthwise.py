@@ -51,13 +51,15 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
-def test_single_precision_by_columns(kernel):
-    x = torch.randn(3, 4, 7, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(7, 6), (4, 9), (1, 2)])
+def test_single_precision_by_columns(kernel, stride, size):
+    x = torch.randn(3, 4, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
     w = torch.randn(4, 1, kernel, kernel, requires_grad=True)
-    direction = torch.randn(3, 4, 7, 6)
-    expected = functional.conv2d(x.double(), w.double(), padding=kernel // 2, groups=4)
+    expected = functional.conv2d(x.double(), w.double(), stride=stride, padding=kernel // 2, groups=4)
+    direction = torch.randn(expected.shape)
     for create_graph in (False, True):
-        found = torch.autograd.grad(depthwise(x, w), (x, w), direction, create_graph=create_graph)
+        found = torch.autograd.grad(depthwise(x, w, stride), (x, w), direction, create_graph=create_graph)
         exact = torch.autograd.grad(expected, (x, w), direction.double(), retain_graph=True)
         for a, b in zip(found, exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

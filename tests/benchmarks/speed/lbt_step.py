@@ -1,7 +1,8 @@
 """One step of Learning by Teaching, and one of DARTS of second order, on CIFAR-sized images.
 
 The authors' schedule is written out plainly, on a plain supernet: the passes that their published code makes for one
-step, with its nested central differences, and the updates. It does not share anything that it could.
+step, with its nested central differences, and the updates. It does not share anything that it could. The plain supernet
+computes what the published one of DARTS does, edge by edge, the zeros of `none` among it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlo.interop.betty import betty_engine
 from problems.darts import ArchitectureSearch
 from problems.lbt import LearningByTeaching
 from problems.search_spaces import Architecture, Supernet
-from problems.search_spaces.cells import SearchCell
+from problems.search_spaces.cells import MixedOperation, SearchCell
 from problems.search_spaces.fused import FusedCell
 from problems.students import StudentResNet
 
@@ -32,6 +33,25 @@ from .timing import Measured, Method, Work, measure
 SIZES = {1: (8, 5, 16, 32), 2: (8, 5, 64, 32), 3: (16, 8, 16, 32), 0: (4, 3, 4, 8)}
 """Channels, cells, batch and side of the images; 0 for a quick look."""
 RADIUS = 0.01
+
+
+class PublishedCell(SearchCell):
+    """The cell with the operations of DARTS' published code: every primitive is computed, weighted and added."""
+
+    def forward(
+        self, before_last: Tensor, last: Tensor, weights: Tensor, edge_weights: None = None, states: None = None
+    ) -> Tensor:
+        nodes: list[Tensor] = self.preprocess(before_last, last)
+        for incoming in self.incoming:
+            nodes.append(sum(self.mixed(self.edges[edge], nodes[source], weights[edge]) for edge, source in incoming))
+        return torch.cat(nodes[-len(self.incoming) :], dim=1)
+
+    @staticmethod
+    def mixed(edge: MixedOperation, x: Tensor, weights: Tensor) -> Tensor:
+        def branch(name: str) -> Tensor:
+            return x[:, :, :: edge.stride, :: edge.stride].mul(0.0) if name == "none" else edge.operations[name](x)
+
+        return sum(weight * branch(name) for weight, name in zip(weights, edge.primitives, strict=True))
 
 
 @dataclass
@@ -234,18 +254,18 @@ def with_betty(graph: mlo.Graph) -> Work:
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 LBT: dict[str, tuple[str, Any, Any, Callable[[Networks], Work]]] = {
-    "authors' schedule, plain supernet": ("", SearchCell, FIRST, authors_lbt),
-    "Betty, plain supernet": ("Betty", SearchCell, FIRST, lambda n: with_betty(n.graph())),
+    "authors' schedule, plain supernet": ("", PublishedCell, FIRST, authors_lbt),
+    "Betty, plain supernet": ("Betty", PublishedCell, FIRST, lambda n: with_betty(n.graph())),
     "Betty, our supernet": ("Betty", FusedCell, LAST, lambda n: with_betty(n.graph())),
-    "mlo, plain supernet": ("mlo", SearchCell, FIRST, lambda n: with_mlo(n.graph())),
+    "mlo, plain supernet": ("mlo", PublishedCell, FIRST, lambda n: with_mlo(n.graph())),
     "mlo": ("mlo", FusedCell, LAST, lambda n: with_mlo(n.graph())),
     "10 forward and 8 backward passes alone": ("", FusedCell, LAST, passes_alone),
 }
 DARTS: dict[str, tuple[str, Any, Any, Callable[[Networks], Work]]] = {
-    "DARTS' schedule, plain supernet": ("", SearchCell, FIRST, authors_darts),
-    "Betty, plain supernet": ("Betty", SearchCell, FIRST, lambda n: with_betty(n.darts())),
+    "DARTS' schedule, plain supernet": ("", PublishedCell, FIRST, authors_darts),
+    "Betty, plain supernet": ("Betty", PublishedCell, FIRST, lambda n: with_betty(n.darts())),
     "Betty, our supernet": ("Betty", FusedCell, LAST, lambda n: with_betty(n.darts())),
-    "mlo, plain supernet": ("mlo", SearchCell, FIRST, lambda n: with_mlo(n.darts())),
+    "mlo, plain supernet": ("mlo", PublishedCell, FIRST, lambda n: with_mlo(n.darts())),
     "mlo": ("mlo", FusedCell, LAST, lambda n: with_mlo(n.darts())),
 }
 PROBLEMS = {"lbt": LBT, "darts": DARTS}
