@@ -368,7 +368,7 @@ class LossCall:
             grads = torch.autograd.grad(
                 output.loss * scale if scale != 1.0 else output.loss,
                 flat,
-                torch.ones_like(output.loss, requires_grad=create_graph),
+                torch.ones_like(output.loss, requires_grad=True) if create_graph else None,
                 create_graph=create_graph,
                 retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
                 allow_unused=True,
