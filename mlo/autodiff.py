@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -282,7 +281,17 @@ class LossCall:
         """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
         with self.in_force(bound, moves_buffers=moves_buffers):
-            yield self._gradients(inputs, bound, wrt, create_graph=create_graph, **options)
+            try:
+                found = self._gradients(inputs, wrt, create_graph=create_graph, **options)
+            except RuntimeError as error:
+                if not self._differentiates(inputs, error):
+                    raise
+            else:
+                yield found
+                return
+        again = self.differentiated(values, wrt, create_graph=create_graph, follows=follows, **options)
+        with again as found:
+            yield found
 
     def gradients(
         self,
@@ -296,8 +305,13 @@ class LossCall:
     ) -> Gradients:
         """Return what `differentiated` gives."""
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
-        with self.in_force(bound, moves_buffers=moves_buffers):
-            return self._gradients(inputs, bound, wrt, create_graph=create_graph, **options)
+        try:
+            with self.in_force(bound, moves_buffers=moves_buffers):
+                return self._gradients(inputs, wrt, create_graph=create_graph, **options)
+        except RuntimeError as error:
+            if not self._differentiates(inputs, error):
+                raise
+        return self.gradients(values, wrt, create_graph=create_graph, follows=follows, **options)
 
     def _bindings(
         self, values: Mapping[str, Tensors], wrt: Sequence[str], follows: Sequence[str], *, create_graph: bool
@@ -315,8 +329,7 @@ class LossCall:
                     inputs[name] = bound[name] = tuple(t.detach().requires_grad_() for t in variables.tensors)
                 elif name not in follows:
                     bound[name] = variables.detached()
-            elif name in wrt or (name == self.level and (create_graph or own.habits.differentiates)):
-                # An alias, so that the derivative is partial.
+            elif name in wrt or (name == self.level and create_graph):  # an alias, so that the derivative is partial
                 inputs[name] = bound[name] = tuple(alias(t, create_graph=create_graph) for t in tensors)
             elif create_graph and name in own.attached:
                 bound[name] = tensors
@@ -329,12 +342,13 @@ class LossCall:
                 used = bound.get(name, live)
                 if any(t.requires_grad for t in used):
                     bound[name] = replicate(used, group)
+        if own.habits.differentiates and self.level not in inputs:
+            bound[self.level] = tuple(t.requires_grad_() for t in bound[self.level])
         return inputs, bound
 
     def _gradients(
         self,
         inputs: Mapping[str, Tensors],
-        bound: Mapping[str, Tensors],
         wrt: Sequence[str],
         *,
         create_graph: bool,
@@ -344,19 +358,10 @@ class LossCall:
         only: Collection[str] | None = None,
         scale: float = 1.0,
     ) -> Gradients:
-        """Differentiate with respect to `inputs` with what is `bound` in force."""
+        """Differentiate with respect to `inputs` with what is in force."""
         in_place = self._is_in_place(create_graph=create_graph)
         record = None if in_place else record  # FSDP frees what a kept graph would go back through
-        evaluate = partial(
-            self.evaluate, autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
-        )
-        try:
-            output = evaluate()
-        except RuntimeError as error:
-            if self.level in inputs or "not require grad" not in str(error):
-                raise
-            self._let_loss_differentiate(bound)
-            output = evaluate()
+        output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only)
         flat = [t for name in wrt for t in inputs.get(name, ())]
         flat += replay.leaves if replay is not None else ()
         grads: Gradient = (None,) * len(flat)
@@ -387,11 +392,16 @@ class LossCall:
             loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
         return Gradients(loss, output.metrics, of, grads[end:])
 
-    def _let_loss_differentiate(self, bound: Mapping[str, Tensors]) -> None:
-        """Let the loss take derivatives with respect to the level's own variables, now that it has been seen to."""
-        self.levels[self.level].habits.differentiates = True
-        for t in bound.get(self.level, ()):
-            t.requires_grad_()
+    def _differentiates(self, inputs: Mapping[str, Tensors], error: RuntimeError) -> bool:
+        """Whether the loss itself takes derivatives with respect to the level's variables, which were bound by value.
+
+        From then on they are not.
+        """
+        habits = self.levels[self.level].habits
+        if self.level in inputs or habits.differentiates or "not require grad" not in str(error):
+            return False
+        habits.differentiates = True
+        return True
 
     def _is_in_place(self, *, create_graph: bool) -> bool:
         """Whether the loss reads a sharded level, which can only be evaluated in place.

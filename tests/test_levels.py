@@ -211,15 +211,24 @@ def test_calls_are_kept_as_long_as_they_are_of_use(weighs, of_use):
 def test_a_loss_may_differentiate_itself(estimator):
     """A penalty on its gradient gives the hypergradient of the same penalty written out."""
 
-    def hypergradient(gradient):
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 1, bias=False)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return super().forward(x) * (1 + 0.1 * self.calls)
+
+    def engine(gradient):
         torch.manual_seed(0)
-        low, up = nn.Linear(3, 1, bias=False).double(), nn.Linear(3, 1).double()
+        low, up = Counting().double(), nn.Linear(3, 1).double()
         x = torch.randn(5, 3, dtype=torch.float64)
 
         def fit(levels, batch):
             error = levels.low(batch) - levels.up(batch)
             loss = error.square().mean()
-            return loss + 0.01 * gradient(loss, levels.low.weight, error, batch).pow(4).sum()
+            return loss + 0.01 * gradient(loss, levels.low.weight, (1 + 0.1 * levels.low.calls) * error, batch).pow(4).sum()
 
         def judge(levels, batch):
             return levels.low(batch).square().mean()
@@ -232,10 +241,12 @@ def test_a_loss_may_differentiate_itself(estimator):
             ],
             [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
         )  # fmt: skip
-        return mlo.Engine(graph, device="cpu").hypergradient("up")
+        return mlo.Engine(graph, device="cpu")
 
-    found = hypergradient(lambda loss, weight, *_: torch.autograd.grad(loss, weight, create_graph=True)[0])
-    expected = hypergradient(lambda loss, weight, error, x: 2 * error.T @ x / len(x))
+    itself = engine(lambda loss, weight, *_: torch.autograd.grad(loss, weight, create_graph=True)[0])
+    found = itself.hypergradient("up")
+    assert all(map(torch.equal, found.values(), itself.hypergradient("up").values()))
+    expected = engine(lambda loss, weight, error, x: 2 * error.T @ x / len(x)).hypergradient("up")
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
     assert found["weight"].abs().max() > 1e-3
 

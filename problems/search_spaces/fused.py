@@ -396,7 +396,7 @@ class _Concatenate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         memory_format = torch.channels_last if is_channels_last(g) else torch.contiguous_format
-        return tuple(part.contiguous(memory_format=memory_format) for part in g.split(ctx.sizes, dim=1))
+        return tuple(part.contiguous(memory_format=memory_format) for part in torch.split(g, ctx.sizes, dim=1))
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
