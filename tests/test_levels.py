@@ -228,7 +228,8 @@ def test_a_loss_may_differentiate_itself(estimator):
         def fit(levels, batch):
             error = levels.low(batch) - levels.up(batch)
             loss = error.square().mean()
-            return loss + 0.01 * gradient(loss, levels.low.weight, (1 + 0.1 * levels.low.calls) * error, batch).pow(4).sum()
+            scaled_error = (1 + 0.1 * levels.low.calls) * error
+            return loss + 0.01 * gradient(loss, levels.low.weight, scaled_error, batch).pow(4).sum()
 
         def judge(levels, batch):
             return levels.low(batch).square().mean()
