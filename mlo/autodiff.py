@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -281,17 +282,7 @@ class LossCall:
         """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
         with self.in_force(bound, moves_buffers=moves_buffers):
-            try:
-                found = self._gradients(inputs, wrt, create_graph=create_graph, **options)
-            except RuntimeError as error:
-                if not self._differentiates(inputs, error):
-                    raise
-            else:
-                yield found
-                return
-        again = self.differentiated(values, wrt, create_graph=create_graph, follows=follows, **options)
-        with again as found:
-            yield found
+            yield self._gradients(inputs, wrt, create_graph=create_graph, **options)
 
     def gradients(
         self,
@@ -305,13 +296,8 @@ class LossCall:
     ) -> Gradients:
         """Return what `differentiated` gives."""
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
-        try:
-            with self.in_force(bound, moves_buffers=moves_buffers):
-                return self._gradients(inputs, wrt, create_graph=create_graph, **options)
-        except RuntimeError as error:
-            if not self._differentiates(inputs, error):
-                raise
-        return self.gradients(values, wrt, create_graph=create_graph, follows=follows, **options)
+        with self.in_force(bound, moves_buffers=moves_buffers):
+            return self._gradients(inputs, wrt, create_graph=create_graph, **options)
 
     def _bindings(
         self, values: Mapping[str, Tensors], wrt: Sequence[str], follows: Sequence[str], *, create_graph: bool
@@ -329,7 +315,9 @@ class LossCall:
                     inputs[name] = bound[name] = tuple(t.detach().requires_grad_() for t in variables.tensors)
                 elif name not in follows:
                     bound[name] = variables.detached()
-            elif name in wrt or (name == self.level and create_graph):  # an alias, so that the derivative is partial
+            elif name in wrt or name == self.level:
+                # An alias, so that the derivative is partial. A loss may go by it which of the level's own variables
+                # require a gradient, differentiate with respect to them, or register hooks.
                 inputs[name] = bound[name] = tuple(alias(t, create_graph=create_graph) for t in tensors)
             elif create_graph and name in own.attached:
                 bound[name] = tensors
@@ -342,8 +330,6 @@ class LossCall:
                 used = bound.get(name, live)
                 if any(t.requires_grad for t in used):
                     bound[name] = replicate(used, group)
-        if own.habits.differentiates and self.level not in inputs:
-            bound[self.level] = tuple(t.requires_grad_() for t in bound[self.level])
         return inputs, bound
 
     def _gradients(
@@ -391,17 +377,6 @@ class LossCall:
         elif group is not None:
             loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
         return Gradients(loss, output.metrics, of, grads[end:])
-
-    def _differentiates(self, inputs: Mapping[str, Tensors], error: RuntimeError) -> bool:
-        """Whether the loss itself takes derivatives with respect to the level's variables, which were bound by value.
-
-        From then on they are not.
-        """
-        habits = self.levels[self.level].habits
-        if self.level in inputs or habits.differentiates or "not require grad" not in str(error):
-            return False
-        habits.differentiates = True
-        return True
 
     def _is_in_place(self, *, create_graph: bool) -> bool:
         """Whether the loss reads a sharded level, which can only be evaluated in place.
@@ -532,6 +507,7 @@ def split(flat: Gradient, sizes: Mapping[str, int]) -> dict[str, Gradient]:
 
 
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_DOUBLE = (torch.float64, torch.complex128)
 
 
 def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
@@ -551,7 +527,7 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
         total = (
             torch.linalg.vector_norm(lengths) if group is None else reduced(lengths.square().sum(), "SUM", group).sqrt()
         )
-        return total.to(torch.result_type(present[0], present[-1]))
+        return total.to(reduce(torch.promote_types, {t.dtype for t in present}))
     with torch.no_grad():
         largest = reduced(torch.stack(torch._foreach_norm(present, float("inf"))).amax(), "MAX", group)
         unit = torch.where(largest > 0, largest, 1.0)
@@ -570,13 +546,16 @@ def add(a: Gradient, b: Gradient) -> Gradient:
 
 
 def scaled(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
-    """Return tensors times a number; of a scalar tensor's dtype they do not take any notice."""
+    """Return tensors times a number, in their own dtypes."""
     if torch.is_grad_enabled():  # the derivatives of the fused operation fail where only some of its outputs are used
         return [t * (factor.to(t.dtype) if isinstance(factor, Tensor) else factor) for t in tensors]
+    if not tensors:
+        return []
     if not isinstance(factor, Tensor):  # several times faster on the CPU than with a number
-        double = any(t.dtype == torch.float64 for t in tensors)
+        double = any(t.dtype in _DOUBLE for t in tensors)
         factor = torch.scalar_tensor(factor, dtype=torch.float64 if double else torch.float32)
-    return list(torch._foreach_mul(list(tensors), factor)) if tensors else []
+    found = torch._foreach_mul(list(tensors), factor)  # of the factor's dtype where a tensor has no dimension either
+    return [x if x.dtype == t.dtype else x.to(t.dtype) for x, t in zip(found, tensors, strict=True)]
 
 
 def summed(a: Sequence[Tensor], b: Sequence[Tensor], sign: float = 1.0) -> list[Tensor]:

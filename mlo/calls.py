@@ -39,15 +39,23 @@ _PATIENCE = 6
 class Habits:
     """What has been seen of the calls that one level's loss makes of other levels' modules.
 
+    It decides what is kept, and so, to rounding, what is computed: an engine saves it.
+
     Attributes:
         misses: by level, how often in a row a call of its module had to be made again although calls were kept.
         draws: whether the loss or a module that it calls drew from Python's or NumPy's generator.
-        differentiates: whether the loss itself takes derivatives with respect to the level's own variables.
     """
 
     misses: dict[str, int] = field(default_factory=dict)
     draws: bool = False
-    differentiates: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what there is to save."""
+        return {"misses": dict(self.misses), "draws": self.draws}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what was saved."""
+        self.misses, self.draws = dict(state["misses"]), state["draws"]
 
     def keeps(self, level: str) -> bool:
         """Return whether calls of a level's module are worth keeping: those kept so far were of use, or were few."""
@@ -102,11 +110,11 @@ class Calls:
         arguments = self._note((args, kwargs)) if keepable else None
         if arguments is None:
             return module(*args, **kwargs)
-        attributes = [list(vars(part).values()) for part in parts]
+        attributes, buffers = [list(vars(part).values()) for part in parts], _versions(parts)
         before = generator_states(self._device, only_torch=not self._habits.draws)
         output = module(*args, **kwargs)
-        if not _is_plain(output) or not all(map(_same_tensors, attributes, parts)):
-            return output  # a loss may go on to read what the module left in an attribute
+        if not _is_plain(output) or not all(map(_same_tensors, attributes, parts)) or buffers != _versions(parts):
+            return output  # a loss, or the module's next call, may go on to read what it left there
         if _share_memory((args, kwargs), output):
             return output  # or write through an alias
         after = generator_states(self._device, only_torch=not self._habits.draws)
@@ -151,6 +159,8 @@ class Calls:
             return (None,) * len(inputs)
         reached, grad_outputs = zip(*pairs, strict=True)
         parameters = [t for t in inputs if t.requires_grad]
+        if not parameters:
+            return (None,) * len(inputs)
         found = iter(torch.autograd.grad(reached, parameters, grad_outputs, retain_graph=True, allow_unused=True))
         return tuple(next(found) if t.requires_grad else None for t in inputs)
 
@@ -216,6 +226,11 @@ def _same_tensors(before: list[Any], part: nn.Module) -> bool:
         return True
     ids = [[id(value) for value in values if isinstance(value, Tensor)] for values in (before, after)]
     return ids[0] == ids[1]
+
+
+def _versions(parts: Sequence[nn.Module]) -> list[tuple[int, int]]:
+    """Return which buffers the parts hold, and how often each has been written into."""
+    return [(id(b), b._version) for part in parts for b in part._buffers.values() if b is not None]
 
 
 def _share_memory(arguments: Any, output: Any) -> bool:

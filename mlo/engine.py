@@ -235,6 +235,7 @@ class Engine:
         self._trace()
         with self._at_work(), self._restored(self.graph.structure.names):
             tops, journal = self.graph.structure.tops, self._journal
+            habits = [(level.habits, level.habits.state_dict()) for level in self._levels.values()]
             self._journal = journal.copy()
             try:
                 self._approach(name, tops)
@@ -242,6 +243,8 @@ class Engine:
                 found = self._sweep(name, solve, recorded=False, moves_buffers=False)[0]
             finally:
                 self._journal = journal
+                for own, before in habits:
+                    own.load_state_dict(before)
         variables = self._levels[name].variables
         gradient = dense(found.of[name], variables.tensors)
         return {
@@ -301,6 +304,7 @@ class Engine:
             "total_rounds": self.total_rounds,
             "levels": {name: own.state_dict() for name, own in self._states.items()},
             "memory": self._journal.memory,
+            "habits": {name: level.habits.state_dict() for name, level in self._levels.items()},
         }
         by_first(lambda: write_checkpoint(path, state), self._backend.group)
 
@@ -318,7 +322,7 @@ class Engine:
                 f"{path}: expected a checkpoint of the levels {', '.join(self._states)}; found "
                 f"{', '.join(found) or 'none'}"
             )
-        absent = [key for key in ("seed", "rounds_done", "total_rounds", "memory") if key not in saved]
+        absent = [key for key in ("seed", "rounds_done", "total_rounds", "memory", "habits") if key not in saved]
         if absent:
             raise CheckpointError(f"{path}: expected the state of an engine; found one without {', '.join(absent)}")
         for name, state in self._states.items():
@@ -337,6 +341,8 @@ class Engine:
             pair: {key: t.to(self._backend.device) for key, t in memory.items()}
             for pair, memory in saved["memory"].items()
         }
+        for name, level in self._levels.items():
+            level.habits.load_state_dict(saved["habits"][name])
         self.seed, self.rounds_done, self.total_rounds = saved["seed"], saved["rounds_done"], saved["total_rounds"]
 
     # --- the algorithm ------------------------------------------------------------------------------------------------

@@ -286,8 +286,10 @@ class Update:
             cotangents += own.values()
         w, s = (w, s) if before else ((), ())
         inputs = [*w, *(t for t in g if t is not None), *(t for own in s for t in own.values()), *h.values()]
-        # A parameter that the step leaves alone is its own output.
-        grads = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, create_graph=create_graph))
+        found: Gradient = ()
+        if inputs:  # a parameter that the step leaves alone is its own output
+            found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, create_graph=create_graph)
+        grads = iter(found)
 
         def following(like: Tensor) -> Tensor:
             found = next(grads)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mlo.autodiff import Backend, Call, Gradient, Level, LossCall, MeanCall
-from mlo.errors import CheckpointError, DivergenceError
+from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.levels import Tensors
 from mlo.optimizers import clip
 from mlo.problem import Problem
@@ -122,6 +122,7 @@ class LevelState:
         with torch.no_grad():  # copies: the record keeps the gradient, and an optimizer may write into its own
             for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
                 if g is not None:
+                    self._check_dense(i, g)
                     parameters[i].grad = like_parameter(i, torch.empty_like(tensors[i]).copy_(g))
         self.problem.optimizer.step()
         for p in parameters:
@@ -132,6 +133,13 @@ class LevelState:
             self.problem.scheduler.step()
         self.renew()
         self.steps_taken += 1
+
+    def _check_dense(self, index: int, gradient: Tensor) -> None:
+        if gradient.layout is not torch.strided:
+            raise MloError(
+                f"level {self.problem.name!r}, {self.level.variables.names[index]}: expected a dense gradient; found "
+                f"one of layout {gradient.layout}. Build the module with sparse=False."
+            )
 
     def snapshot(self) -> Callable[[], None]:
         """Copy everything that a step changes (the stream apart); return a function that puts it back bit for bit."""

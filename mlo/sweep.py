@@ -298,7 +298,7 @@ class Step:
         radius.
         """
         size = norm(direction, self.call.levels[self.level].variables.group)
-        rate = (size * (1 / radius)).clamp_min(torch.finfo(size.dtype).tiny)
+        rate = torch.where(size > 0, size, radius) * (1 / radius)
         length = rate.reciprocal()
 
         def side(sign: float) -> Tensors:
@@ -380,7 +380,7 @@ class Step:
             own: of the level itself.
             inputs: levels whose values are to be tensors of their own, to differentiate what is found once more.
         """
-        values = {**values_of(self.world), self.level: own}
+        values = {**values_of(self.world), self.level: tuple(alias(t, create_graph=self.create_graph) for t in own)}
         for q in inputs:
             if q in values or self.inner is not None:  # a repeated solve must tell partial from total derivatives
                 values[q] = tuple(

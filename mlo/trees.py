@@ -14,7 +14,7 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
         return function(tree)
     if isinstance(tree, tuple):
         items = [map_tensors(item, function) for item in tree]
-        if hasattr(tree, "n_fields"):  # what torch.sort and the like return
+        if type(tree).__module__ == "torch.return_types":  # what torch.sort and the like return
             return type(tree)(items)
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     if isinstance(tree, list):

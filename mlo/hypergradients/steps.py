@@ -31,7 +31,7 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
     """
     num = len(response.steps) if last is None else min(last, len(response.steps))
     start = response.start if response.complete and num == len(response.steps) else None
-    total: dict[str, Tensors] = {}
+    total: dict[str, Tensors] = {q: response.zeros(q) for q in response.targets}
     state_cotangent = None
     for index, step in enumerate(islice(response.backwards(), num)):
         goes_on = index < num - 1 or start is not None

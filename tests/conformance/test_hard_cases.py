@@ -229,3 +229,202 @@ def test_the_callers_grad_mode_does_not_matter(mode):
     make[0].run(1, progress=False)
     assert torch.equal(found.clone(), expected)
     assert torch.equal(make[0].graph["l1"].module.w, make[1].graph["l1"].module.w)
+
+
+def pair(low, up, fit, judge, estimator, *, optimizer=None, data=None, steps=1, clip_norm=None):
+    optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    graph = mlo.Graph(
+        [
+            mlo.Problem("low", low, fit, optimizer(low.parameters()), data, hypergradient=estimator, steps=steps,
+                        clip_norm=clip_norm),
+            mlo.Problem("up", up, judge, torch.optim.SGD(up.parameters(), lr=0.1, weight_decay=0.1), data),
+        ],
+        [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
+    )  # fmt: skip
+    return mlo.Engine(graph, device="cpu")
+
+
+DIFFERENCES = [mlo.FiniteDifference(radius=1e-4), mlo.SAMA(), mlo.Penalty(steps=5)]
+
+
+@pytest.mark.parametrize("estimator", DIFFERENCES, ids=repr)
+@pytest.mark.parametrize("way", ["filtered", "hooked", "retained"])
+def test_a_loss_sees_that_its_own_variables_require_gradients(way, estimator):
+    """Whatever the estimator: a penalty on trainable parameters, hooks on what depends on them."""
+
+    def hypergradient(way):
+        torch.manual_seed(0)
+        low, up = nn.Linear(3, 1).double(), nn.Linear(3, 1).double()
+        x = torch.randn(8, 3, dtype=torch.float64)
+
+        def fit(levels, batch):
+            found = levels.low(batch)
+            if way == "hooked":
+                found.register_hook(lambda g: g)
+            elif way == "retained":
+                found.retain_grad()
+            trainable = [p for p in levels.low.parameters() if p.requires_grad or way != "filtered"]
+            decay = sum(p.pow(4).sum() for p in trainable)
+            return (found - levels.up(batch)).square().mean() + levels.up.bias.exp().sum() * decay
+
+        return pair(low, up, fit, lambda levels, batch: levels.low(batch).square().mean(), estimator, data=[x])
+
+    found, expected = (hypergradient(w).hypergradient("up") for w in (way, "plain"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert found["bias"].abs() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "clip_norm"), [(torch.optim.SGD, None), (torch.optim.SGD, 1.0), (torch.optim.Adam, None)]
+)
+def test_a_step_whose_loss_did_not_read_its_level(optimizer, clip_norm):
+    """The cotangent of what it did read is zero, not missing: the upper level's weight decay still acts."""
+    low, up = Vectors(w=[0.3, 0.4]), Vectors(u=[1.0, -2.0])
+    engine = pair(low, up, lambda levels, batch: levels.up.u.square().sum(),
+                  lambda levels, batch: levels.low.w.square().sum(), mlo.FiniteDifference(),
+                  optimizer=lambda parameters: optimizer(parameters, lr=0.1), clip_norm=clip_norm)  # fmt: skip
+    assert torch.equal(engine.hypergradient("up")["u"], torch.zeros(2, dtype=torch.float64))
+    engine.run(1, progress=False)
+    torch.testing.assert_close(up.u.detach(), 0.99 * torch.tensor([1.0, -2.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9])
+def test_a_difference_along_a_zero_gradient_in_a_nest_has_a_derivative(scale):
+    def vector(*values):
+        return Vectors(w=[*values]).float()
+
+    modules = {"a": vector(0.0, 0.0), "b": vector(0.5, -0.3), "c": vector(0.2, 0.7)}
+    b, c = (modules[name].w.detach().clone() for name in "bc")
+    losses = {
+        "a": lambda levels, _: 0.5 * (levels.a.w - (levels.b.w - b) - (levels.c.w - c)).square().sum(),
+        "b": lambda levels, _: 5 * levels.a.w.square().sum() + 0.5 * (levels.b.w - levels.c.w).square().sum(),
+        "c": lambda levels, _: scale * (levels.b.w * torch.tensor([1.0, 2.0])).sum(),
+    }
+    estimators, rates = (
+        {"a": mlo.FiniteDifference(), "b": mlo.Unroll(), "c": mlo.Unroll()},
+        {"a": 0.5, "b": 0.1, "c": 1.0},
+    )
+    levels = [
+        mlo.Problem(name, modules[name], losses[name], torch.optim.SGD(modules[name].parameters(), lr=rates[name]),
+                    None, hypergradient=estimators[name])
+        for name in "abc"
+    ]  # fmt: skip
+    edges = [mlo.Edge(*names) for names in ("ba", "ab", "ca", "cb", "bc")]
+    found = mlo.Engine(mlo.Graph(levels, edges), device="cpu").hypergradient("c")["w"] / scale
+    torch.testing.assert_close(found, torch.tensor([-0.15, -0.3]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("estimator", [mlo.FiniteDifference(last=None, radius=1e-4), mlo.Unroll()], ids=repr)
+def test_a_kept_call_of_a_level_that_is_no_target(estimator):
+    values = {"a": [0.1, 0.2], "b": [0.5, -0.3], "c": [0.2, 0.7], "d": [0.4, 0.9]}
+    ones = torch.ones(2, dtype=torch.float64)
+
+    class Scale(Vectors):
+        def forward(self, x):
+            return self.w * x
+
+    modules = {name: Scale(w=value) for name, value in values.items()}
+
+    def first(levels, _):
+        scale = levels.d(ones)
+        return 0.5 * ((levels.a.w - levels.b.w * scale) ** 2 * (1 + scale**2)).sum() + (levels.a.w**4).sum()
+
+    losses = {
+        "a": first,
+        "b": lambda levels, _: 0.5 * (levels.b.w - levels.c.w).square().sum(),
+        "c": lambda levels, _: 0.5 * (levels.a.w - 1).square().sum() + levels.c.w.square().sum(),
+        "d": lambda levels, _: (levels.a.w - 2).square().sum(),
+    }
+    levels = [
+        mlo.Problem(name, modules[name], losses[name], torch.optim.SGD(modules[name].parameters(), lr=0.1), None,
+                    hypergradient=estimator if name == "a" else mlo.Unroll(), steps=2 if name == "a" else 1)
+        for name in values
+    ]  # fmt: skip
+    edges = [mlo.Edge(*names) for names in ("ba", "da", "cb", "ac", "ad")]
+    engine = mlo.Engine(mlo.Graph(levels, edges), device="cpu")
+    assert all(level.error < 1e-5 for level in engine.check(directions=2, progress=False).levels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", [mlo.FiniteDifference(), mlo.Unroll()], ids=repr)
+def test_a_number_of_low_precision_stays_one(estimator, dtype):
+    """A temperature of no dimension, moved along a direction, and clipped with vectors of another precision."""
+    low, up = Vectors(w=[0.5, 1.0], t=1.5).to(dtype), Vectors(u=[0.25, -0.5]).to(dtype)
+    low.v = nn.Parameter(torch.tensor([300.0, 300.0]))
+
+    def fit(levels, batch):
+        assert levels.low.t.dtype == dtype
+        return (levels.low.w * levels.low.t - levels.up.u).square().sum() + levels.low.v.square().sum()
+
+    def judge(levels, batch):
+        return (levels.low.w * levels.low.t).square().sum()
+
+    found = pair(low, up, fit, judge, estimator, clip_norm=1e4).hypergradient("up")["u"]
+    assert found.dtype == dtype
+    assert found.isfinite().all()
+    assert found.abs().max() > 0.01
+
+
+class Remembering(nn.Linear):
+    """What it returns depends on how often it was called before."""
+
+    def __init__(self):
+        super().__init__(3, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x) * (1 + self.calls)
+
+
+@pytest.mark.parametrize("estimator", [mlo.FiniteDifference(radius=1e-4), mlo.Unroll()], ids=repr)
+def test_a_call_that_changes_the_next_one_is_made(estimator):
+    torch.manual_seed(0)
+    low, up, x = nn.Linear(3, 3).double(), Remembering().double(), torch.randn(8, 3, dtype=torch.float64)
+
+    def fit(levels, batch):
+        return (levels.up(batch) * levels.low(batch)).square().mean() + levels.up(levels.low(batch)).square().mean()
+
+    engine = pair(low, up, fit, lambda levels, batch: levels.low(batch).square().mean(), estimator, data=[x])
+    assert engine.check("up", directions=4, progress=False).levels[0].error < 1e-5
+
+
+def test_what_was_learned_of_a_loss_is_part_of_the_state(tmp_path):
+    """Calls that are made again and again are no longer kept, which changes what is computed to rounding."""
+
+    def build():
+        torch.manual_seed(0)
+        low, up = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+        x = torch.randn(32, 4)
+
+        def fit(levels, batch):
+            hidden, loss = batch, levels.up(batch).sigmoid() * levels.low(batch).square()
+            for _ in range(7):
+                hidden = levels.low(hidden)
+                loss = loss + levels.up(hidden).square()
+            return loss.mean()
+
+        return pair(low, up, fit, lambda levels, batch: levels.low(batch).sum(dim=1).square().mean(),
+                    mlo.FiniteDifference(), data=[x]), up  # fmt: skip
+
+    whole, expected = build()
+    whole.run(3, total_rounds=6, progress=False)
+    whole.save(tmp_path / "engine.pt")
+    whole.run(3, progress=False)
+    resumed, found = build()
+    resumed.load(tmp_path / "engine.pt")
+    first, second = resumed.hypergradient("up"), resumed.hypergradient("up")
+    assert all(map(torch.equal, first.values(), second.values()))
+    resumed.run(3, progress=False)
+    assert all(map(torch.equal, found.parameters(), expected.parameters()))
+
+
+def test_sparse_gradients_are_refused():
+    low, up = nn.Embedding(5, 2, sparse=True), Vectors(u=[1.0, 2.0]).float()
+    engine = pair(low, up, lambda levels, batch: (levels.low(batch) - levels.up.u).square().sum(),
+                  lambda levels, batch: levels.low(batch).square().sum() + levels.up.u.sum(), mlo.FirstOrder(),
+                  data=[torch.tensor([1, 3])])  # fmt: skip
+    with pytest.raises(
+        mlo.MloError, match=r"level 'low', weight: expected a dense gradient; found one of layout torch.spa"
+    ):
+        engine.run(1, progress=False)
