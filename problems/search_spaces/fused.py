@@ -10,7 +10,8 @@
   after they have been added up at a node.
 - The weight of a branch is the scale of its last BatchNorm, so that no copy of the branch is kept for its gradient.
 - Channels that pass an edge by (PC-DARTS) are added up before they are shuffled.
-- Sums are formed in place, and nothing is computed for `none`.
+- Sums are formed in place, and nothing is computed for `none`; branches that run as one are added up side by side, and
+  taken apart once for all primitives.
 
 Where there is less to share it does what `SearchCell` does: in evaluation mode, with sampled edges, and with edges or
 normalizations of other classes.
