@@ -210,11 +210,10 @@ class Update:
         buckets: list[_Bucket] = []
         state: list[dict[str, Tensor]] = [{} for _ in parameters]
         for group in optimizer.param_groups:
-            options = {
-                key: value.detach().clone() if isinstance(value, Tensor) else value  # a scheduler may write into it
-                for key, value in group.items()
-                if key != "params"
-            }
+            options = {key: value for key, value in group.items() if key != "params"}
+            for key, value in options.items():
+                if isinstance(value, Tensor):  # a scheduler may write into it
+                    options[key] = value.detach().clone()
             by_kind: dict[tuple[Any, ...], list[int]] = {}
             for p in group["params"]:
                 i = index.get(id(p))

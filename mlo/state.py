@@ -123,7 +123,8 @@ class LevelState:
             for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
                 if g is not None:
                     self._check_dense(i, g)
-                    parameters[i].grad = like_parameter(i, torch.empty_like(tensors[i]).copy_(g))
+                    own = g.clone() if g.stride() == tensors[i].stride() else torch.empty_like(tensors[i]).copy_(g)
+                    parameters[i].grad = like_parameter(i, own)
         self.problem.optimizer.step()
         for p in parameters:
             p.grad = None

@@ -380,7 +380,9 @@ class Step:
             own: of the level itself.
             inputs: levels whose values are to be tensors of their own, to differentiate what is found once more.
         """
-        values = {**values_of(self.world), self.level: tuple(alias(t, create_graph=self.create_graph) for t in own)}
+        if self.inner is not None:  # otherwise `LossCall` sees to it
+            own = tuple(alias(t, create_graph=self.create_graph) for t in own)
+        values = {**values_of(self.world), self.level: own}
         for q in inputs:
             if q in values or self.inner is not None:  # a repeated solve must tell partial from total derivatives
                 values[q] = tuple(
