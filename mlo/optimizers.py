@@ -369,7 +369,7 @@ def clip(gradient: Gradient, clip_norm: float | None) -> Gradient:
     if clip_norm is None or all(g is None for g in gradient):
         return gradient
     factor = torch.clamp(clip_norm / (norm(gradient) + 1e-6), max=1.0)
-    return tuple(None if g is None else g * factor for g in gradient)
+    return tuple(None if g is None else (g * factor).to(g.dtype) for g in gradient)
 
 
 def _coupled(weights: Tensor, gradient: Tensor, options: Mapping[str, Any]) -> Tensor:
