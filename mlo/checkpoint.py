@@ -13,7 +13,7 @@ import torch
 from mlo.errors import CheckpointError
 from mlo.files import replacing
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

@@ -304,7 +304,6 @@ class Engine:
             "total_rounds": self.total_rounds,
             "levels": {name: own.state_dict() for name, own in self._states.items()},
             "memory": self._journal.memory,
-            "habits": {name: level.habits.state_dict() for name, level in self._levels.items()},
         }
         by_first(lambda: write_checkpoint(path, state), self._backend.group)
 
@@ -322,7 +321,7 @@ class Engine:
                 f"{path}: expected a checkpoint of the levels {', '.join(self._states)}; found "
                 f"{', '.join(found) or 'none'}"
             )
-        absent = [key for key in ("seed", "rounds_done", "total_rounds", "memory", "habits") if key not in saved]
+        absent = [key for key in ("seed", "rounds_done", "total_rounds", "memory") if key not in saved]
         if absent:
             raise CheckpointError(f"{path}: expected the state of an engine; found one without {', '.join(absent)}")
         for name, state in self._states.items():
@@ -341,8 +340,6 @@ class Engine:
             pair: {key: t.to(self._backend.device) for key, t in memory.items()}
             for pair, memory in saved["memory"].items()
         }
-        for name, level in self._levels.items():
-            level.habits.load_state_dict(saved["habits"][name])
         self.seed, self.rounds_done, self.total_rounds = saved["seed"], saved["rounds_done"], saved["total_rounds"]
 
     # --- the algorithm ------------------------------------------------------------------------------------------------

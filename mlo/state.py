@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mlo.autodiff import Backend, Call, Gradient, Level, LossCall, MeanCall
+from mlo.calls import Habits
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.levels import Tensors
 from mlo.optimizers import clip
@@ -191,6 +192,7 @@ class LevelState:
             "stream": self.stream.state_dict(),
             "steps_taken": self.steps_taken,
             "scale": [self.scale.value, self.scale.good_steps],
+            "habits": self.level.habits.state_dict(),
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,6 +216,7 @@ class LevelState:
         )
         if here != there:
             raise CheckpointError(f"{where} optimizer; its groups have {here} parameters here and {there} there")
+        Habits().load_state_dict(state["habits"])
 
     def _distributed(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Give an optimizer's saved state the layout of sharded parameters."""
@@ -242,6 +245,7 @@ class LevelState:
         self.stream.load_state_dict(state["stream"])
         self.steps_taken = state["steps_taken"]
         self.scale.value, self.scale.good_steps = state["scale"]
+        self.level.habits.load_state_dict(state["habits"])
         self.renew()
 
 

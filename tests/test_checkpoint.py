@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mlo
-from mlo.checkpoint import read_checkpoint, write_checkpoint
+from mlo.checkpoint import FORMAT, read_checkpoint, write_checkpoint
 
 from .toys import assert_same_state, state_of, three_levels
 
@@ -148,7 +148,7 @@ def test_missing_and_foreign_files_are_told_apart(tmp_path):
     with pytest.raises(mlo.CheckpointError, match="found another torch file"):
         read_checkpoint(tmp_path / "other.pt")
     torch.save({"format": 99}, tmp_path / "later.pt")
-    with pytest.raises(mlo.CheckpointError, match="expected checkpoint format 2; found 99"):
+    with pytest.raises(mlo.CheckpointError, match="expected checkpoint format 3; found 99"):
         read_checkpoint(tmp_path / "later.pt")
 
 
@@ -179,6 +179,20 @@ def test_a_checkpoint_of_another_module_changes_nothing(tmp_path):
     assert_same_state(state_of(other), before)
 
 
+def test_a_checkpoint_without_what_was_learned_of_a_loss_changes_nothing(tmp_path):
+    engine = three_levels()
+    engine.run(1, progress=False)
+    engine.save(tmp_path / "run.pt")
+    state = read_checkpoint(tmp_path / "run.pt")
+    del state["levels"]["gate"]["habits"]
+    write_checkpoint(tmp_path / "older.pt", state)
+    other = three_levels()
+    before = state_of(other)
+    with pytest.raises(mlo.CheckpointError, match=r"older\.pt: expected the state of level 'gate'.*habits"):
+        other.load(tmp_path / "older.pt")
+    assert_same_state(state_of(other), before)
+
+
 def test_writing_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     write_checkpoint(path, {"x": 1})
@@ -196,7 +210,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("levels", [3, {"teacher": {}, "student": {}, "gate": {}}, {"teacher": 1}])
 def test_a_checkpoint_of_a_strange_shape_is_refused(tmp_path, levels):
-    torch.save({"format": 2, "levels": levels}, tmp_path / "strange.pt")
+    torch.save({"format": FORMAT, "levels": levels}, tmp_path / "strange.pt")
     with pytest.raises(mlo.CheckpointError, match=r"strange\.pt: expected"):
         three_levels().load(tmp_path / "strange.pt")
 
