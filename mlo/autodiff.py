@@ -138,14 +138,18 @@ class LossCall:
         names = self.levels[self.level].names
         if moves_buffers and self.recorded:
             self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
-        with ExitStack() as stack:
+        undo: list[Callable[[], None]] = []
+        try:
             for name in names:
                 level = self.levels[name]
                 if name in values:
-                    stack.enter_context(level.variables.bound(values[name]))
+                    undo.append(level.variables.bind(values[name]))
                 if not (level.buffers.empty or (moves_buffers and name == self.level)):
-                    stack.enter_context(level.buffers.held(self.buffers.get(name)))
+                    undo.append(level.buffers.hold(self.buffers.get(name)))
             yield
+        finally:
+            for put_back in reversed(undo):
+                put_back()
 
     def evaluate(
         self,
@@ -508,6 +512,7 @@ def split(flat: Gradient, sizes: Mapping[str, int]) -> dict[str, Gradient]:
 
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _DOUBLE = (torch.float64, torch.complex128)
+_SMALL = 1 << 14  # entries; to copy as many takes less time than one more operation
 
 
 def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
@@ -523,10 +528,13 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     present = [t for t in given if t.numel()] or [given[0].new_zeros(1)]  # a shard may be empty
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
     if not differentiable and all(t.dtype in _SINGLE for t in present) and present[0].device.type != "mps":
-        lengths = torch.stack(torch._foreach_norm(present, 2, dtype=torch.float64))
-        total = (
-            torch.linalg.vector_norm(lengths) if group is None else reduced(lengths.square().sum(), "SUM", group).sqrt()
-        )
+        small = [t.reshape(-1) for t in present if t.numel() <= _SMALL]
+        pieces = [t for t in present if t.numel() > _SMALL] + ([torch.cat(small).double()] if small else [])
+        lengths = torch._foreach_norm(pieces, 2, dtype=torch.float64)
+        if group is not None:
+            total = reduced(torch.stack(lengths).square().sum(), "SUM", group).sqrt()
+        else:
+            total = torch.linalg.vector_norm(torch.stack(lengths)) if len(lengths) > 1 else lengths[0]
         return total.to(reduce(torch.promote_types, {t.dtype for t in present}))
     with torch.no_grad():
         largest = reduced(torch.stack(torch._foreach_norm(present, float("inf"))).amax(), "MAX", group)

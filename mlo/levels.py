@@ -2,7 +2,7 @@
 
 A loss is called as `loss(levels, batch)`; `levels.NAME` behaves like NAME's module, bound to the variables now in
 force. The user's module is not copied and not rewritten: for the length of one loss call other tensors take the place
-of its parameters (`Variables.bound`), its buffers are held still (`Buffers.held`), and everything is put back
+of its parameters (`Variables.bind`), its buffers are held still (`Buffers.hold`), and everything is put back
 afterwards.
 """
 
@@ -62,19 +62,15 @@ class Variables:
         """Return a tensor of the shape of a variable in the form that the parameter has."""
         return tensor
 
-    @contextmanager
-    def bound(self, tensors: Tensors | None) -> Iterator[None]:
-        """Let `tensors` take the place of the parameters within the block; None for the parameters themselves."""
-        if tensors is None:
-            yield
-            return
-        try:
-            for container, key, i in self._slots:
-                container[key] = tensors[i]
-            yield
-        finally:
-            for container, key, i in self._slots:
-                container[key] = self.parameters[i]
+    def bind(self, tensors: Tensors) -> Callable[[], None]:
+        """Let `tensors` take the place of the parameters; return a function that puts the parameters back."""
+        for container, key, i in self._slots:
+            container[key] = tensors[i]
+        return self._unbind
+
+    def _unbind(self) -> None:
+        for container, key, i in self._slots:
+            container[key] = self.parameters[i]
 
 
 class Buffers:
@@ -119,27 +115,30 @@ class Buffers:
             self._batch_norms = [m for m in self._batch_norms if m not in reading]
             self._slots += [(m._buffers, key) for m in reading for key in m._buffers]
 
-    @contextmanager
-    def held(self, copies: tuple[Tensor | None, ...] | None = None) -> Iterator[None]:
-        """Read the module within the block without moving a buffer, its buffers as in `copies` (default: as now).
+    def hold(self, copies: tuple[Tensor | None, ...] | None = None) -> Callable[[], None]:
+        """Let the module be read without moving a buffer, its buffers as in `copies` (default: as now).
 
         Batch normalization in training mode uses batch statistics with and without running ones; switching the running
         ones off is exact and free, and changes nothing in evaluation mode. All other buffers are replaced by copies.
+
+        Returns:
+            A function that puts everything back.
         """
-        switched = [(m, m.track_running_stats) for m in self._batch_norms]
         kept = [container[key] for container, key in self._slots]
-        source = kept if copies is None else copies
-        try:
-            for m, _ in switched:  # past nn.Module.__setattr__, which takes long
-                m.__dict__["track_running_stats"] = False
-            for (container, key), t in zip(self._slots, source, strict=True):
-                container[key] = t.clone() if t is not None else None
-            yield
-        finally:
-            for m, tracked in switched:  # it may be within another such block
+        used = [None if t is None else t.clone() for t in (kept if copies is None else copies)]
+        switched = [(m, m.track_running_stats) for m in self._batch_norms]
+        for m, _ in switched:  # past nn.Module.__setattr__, which takes long
+            m.__dict__["track_running_stats"] = False
+        for (container, key), t in zip(self._slots, used, strict=True):
+            container[key] = t
+
+        def release() -> None:
+            for m, tracked in switched:  # it may have been held before
                 m.__dict__["track_running_stats"] = tracked
             for (container, key), t in zip(self._slots, kept, strict=True):
                 container[key] = t
+
+        return release
 
 
 class LevelView:

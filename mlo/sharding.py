@@ -12,7 +12,7 @@ Each process has batches of its own, and a loss is the mean over them: FSDP aver
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,21 +41,21 @@ class ShardedVariables(Variables):
         """The shards, in the memory of the parameters."""
         return tuple(local(p.detach()) for p in self.parameters)
 
-    @contextmanager
-    def bound(self, tensors: Tensors | None) -> Iterator[None]:
-        """Let the shards have the values of `tensors` within the block; let FSDP gather parameters anew in it."""
+    def bind(self, tensors: Tensors) -> Callable[[], None]:
+        """Let the shards have the values of `tensors`, and FSDP gather parameters anew, now and when it is undone."""
         shards = self.tensors
-        moved = tensors is not None and any(t.data_ptr() != s.data_ptr() for t, s in zip(tensors, shards, strict=True))
+        moved = any(t.data_ptr() != s.data_ptr() for t, s in zip(tensors, shards, strict=True))
         kept = tuple(s.clone() for s in shards) if moved else ()
-        try:
-            if tensors is not None and moved:
-                _write(shards, tensors)
-            self._gather_anew()
-            yield
-        finally:
+        if moved:
+            _write(shards, tensors)
+        self._gather_anew()
+
+        def put_back() -> None:
             if moved:
                 _write(shards, kept)
             self._gather_anew()
+
+        return put_back
 
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor | None]]:

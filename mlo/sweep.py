@@ -250,7 +250,7 @@ class Step:
         values = self._values(self.weights, targets)
         inputs = self._inputs(values, targets)
         kept = self._kept
-        with self._total(values, [self.level], create_graph=True, follows=targets) as found:
+        with self._differentiable(values, targets) as found:
             gradient = found.of[self.level]
 
             def product(
@@ -335,8 +335,8 @@ class Step:
         for weights, own in zip((before, after), ends, strict=True):
             values = self._values(weights, targets if self.inner is not None else ())
             inputs = self._inputs(values, targets)
-            with self._total(values, targets, ends=own) as found:
-                sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
+            found = self._total(values, targets, own)
+            sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
         change = tuple(None if a is None or b is None else a - b for b, a in zip(*sides, strict=True))
         return self._split(change, inputs)
 
@@ -348,8 +348,8 @@ class Step:
             ends: where the levels inside go on from, instead of the start of the recorded solve; brought up to date, so
                 that they converge over many calls however few their steps are.
         """
-        with self._total(self._values(weights), [self.level], ends=ends) as found:
-            return like_recorded(self.gradient, found.of[self.level], weights)
+        found = self._total(self._values(weights), [self.level], ends)
+        return like_recorded(self.gradient, found.of[self.level], weights)
 
     def thinned(self) -> Step:
         """Return the step without what `restored` can recompute.
@@ -394,24 +394,31 @@ class Step:
         """Return what the targets are read at."""
         return {q: values.get(q) or self.call.levels[q].variables.tensors for q in targets}
 
-    def _total(
-        self,
-        values: Mapping[str, Tensors],
-        wrt: Sequence[str],
-        *,
-        create_graph: bool = False,
-        follows: Sequence[str] = (),
-        ends: Ends | None = None,
+    def _total(self, values: Mapping[str, Tensors], wrt: Sequence[str], ends: Ends | None = None) -> Gradients:
+        """Total derivatives of F_p at any values."""
+        if self.inner is None:
+            return self.call.gradients(values, wrt, create_graph=self.create_graph, replay=self._kept, only=wrt)
+        return self._repeated(values, wrt, create_graph=self.create_graph, ends=ends)
+
+    def _differentiable(
+        self, values: Mapping[str, Tensors], targets: Sequence[str]
     ) -> AbstractContextManager[Gradients]:
-        """Total derivatives of F_p at any values; without a nest, everything stays in force within the block."""
-        create_graph = create_graph or self.create_graph
+        """dF_p/dw_p, to be differentiated by the targets; without a nest, all stays in force within the block."""
+        own = [self.level]
         if self.inner is None:
             return self.call.differentiated(
-                values, wrt, create_graph=create_graph, replay=self._kept, follows=follows, only=follows or wrt
+                values, own, create_graph=True, replay=self._kept, follows=targets, only=targets or own
             )
+        return nullcontext(self._repeated(values, own, create_graph=True))
+
+    def _repeated(
+        self, values: Mapping[str, Tensors], wrt: Sequence[str], *, create_graph: bool, ends: Ends | None = None
+    ) -> Gradients:
+        """Total derivatives of F_p where levels are solved inside it: the solve is repeated, and swept."""
+        assert self.inner is not None
         outer = {name: Weights(tensors) for name, tensors in values.items()}
         repeated = self.context.replay(self.context, self.inner, outer, create_graph=create_graph, ends=ends)
-        return nullcontext(sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph))
+        return sweep(self.context, self.call, repeated, repeated.end, wrt, create_graph=create_graph)
 
     @contextmanager
     def _second_derivatives(self, gradient: Gradient) -> Iterator[None]:
@@ -438,7 +445,7 @@ class Step:
         if len(grads) > count and self._kept is not None:
             with ExitStack() as stack:  # a module that recomputes its activations must not move its buffers
                 for name in {kept.level for kept in self._kept.calls}:
-                    stack.enter_context(self.call.levels[name].buffers.held())
+                    stack.callback(self.call.levels[name].buffers.hold())
                 own = add(own, self._kept.pull_back(grads[count:], flat))
         parts = split(own, {q: len(tensors) for q, tensors in inputs.items()})
         return {q: dense(parts[q], tensors) for q, tensors in inputs.items()}

@@ -29,8 +29,8 @@ def trace(
     with ExitStack() as stack:
         for level in levels.values():
             stack.enter_context(level.buffers.watched())
-            stack.enter_context(level.buffers.held())
-            stack.enter_context(level.variables.bound(None))
+            stack.callback(level.buffers.hold())
+            stack.callback(level.variables.bind(level.variables.tensors))
         for name, state in states.items():
             accessed: set[str] = set()
             with state.stream.rewound():

@@ -27,11 +27,11 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
         product: the second-order product.
 
     Returns:
-        The cotangents of the targets; those left out are zero.
+        The cotangents of all targets.
     """
     num = len(response.steps) if last is None else min(last, len(response.steps))
     start = response.start if response.complete and num == len(response.steps) else None
-    total: dict[str, Tensors] = {q: response.zeros(q) for q in response.targets}
+    total: dict[str, Tensors] = {}
     state_cotangent = None
     for index, step in enumerate(islice(response.backwards(), num)):
         goes_on = index < num - 1 or start is not None
@@ -48,4 +48,5 @@ def pull_back_steps(cotangent: Tensors, response: Response, last: int | None, pr
             total = accumulate(total, products)
         else:
             cotangent = a_weights
-    return total if start is None else accumulate(total, {start: cotangent})
+    total = total if start is None else accumulate(total, {start: cotangent})
+    return {q: total[q] if q in total else response.zeros(q) for q in response.targets}
