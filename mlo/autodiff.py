@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlo.calls import Calls, Habits
+from mlo.calls import Calls, Habits, Parts
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
 from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables
@@ -58,7 +58,7 @@ class Level:
         attached: those of `reads` that are differentiated.
         hyperparameters: options of its optimizer that other levels determine, as functions of them.
         compiled: the module under `torch.compile`, which first-order passes call instead of it.
-        parts: of the module, itself the first.
+        parts: of the module.
         names: of the level and all that it reads.
         view: of the module as first-order passes call it.
         habits: of the calls that its loss makes.
@@ -73,7 +73,7 @@ class Level:
     compiled: Callable[..., Any] | None = None
     variables: Variables = field(init=False)
     buffers: Buffers = field(init=False)
-    parts: tuple[nn.Module, ...] = field(init=False)
+    parts: Parts = field(init=False)
     names: tuple[str, ...] = field(init=False)
     view: LevelView = field(init=False)
     habits: Habits = field(init=False, default_factory=Habits)
@@ -83,7 +83,7 @@ class Level:
         object.__setattr__(
             self, "view", LevelView(self.module, self.module if self.compiled is None else self.compiled)
         )
-        object.__setattr__(self, "parts", tuple(self.module.modules()))
+        object.__setattr__(self, "parts", Parts(self.module))
         object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
 
