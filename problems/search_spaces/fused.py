@@ -34,6 +34,8 @@ from problems.search_spaces.primitives import FactorizedReduce, every_second
 
 _CACHED = 1 << 21
 """Numbers in the branches that run as one on a CPU; measured, with 16 to 64 images of 32 x 32 pixels."""
+_VECTOR = 16
+"""Numbers that a CPU computes with at once; PyTorch averages fewer channels one by one, several times as slowly."""
 BLOCK = 4
 """Modules of a block of a separable or dilated primitive: ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm."""
 
@@ -150,10 +152,6 @@ class _Sum:
         else:
             self.whole = first
 
-    def add_product(self, x: Tensor, weight: Tensor) -> None:
-        """Add the product of anything and a scalar."""
-        self.whole = x * weight if self.whole is None else self.whole.addcmul_(x, weight)
-
     def add_passing(self, edge: _Edge, x: Tensor) -> None:
         """Add channels that are not operated on."""
         self.k = edge.k
@@ -188,6 +186,7 @@ class _Source:
         # A CPU gains by groups as long as its caches hold them.
         self.num_grouped = max(1, _CACHED // x.numel()) if x.device.type == "cpu" else 1 << 30
         self.images: dict[int, _Images] = {}
+        self.products: list[tuple[_Edge, Tensor, Tensor]] = []
         self.found: dict[tuple[bool, tuple[int, ...]], tuple[Sequence[_Edge], Tensor]] = {}
 
     def feed(self, edges: Sequence[_Edge]) -> None:
@@ -208,16 +207,17 @@ class _Source:
             operations = [tuple(module) for module in modules]  # slices of an nn.Sequential would be new modules
             scales = [edge.row[edge.operation.primitives.index(name)] for edge in some]
             if isinstance(operations[0][0], nn.MaxPool2d | nn.AvgPool2d):
-                pooled = self.statistics.normalize_alike(operations[0][0](self.x), [op[1] for op in operations])
-                for edge, scale in zip(some, scales, strict=True):
-                    edge.sum.add_product(pooled, scale)
+                pooled = self.statistics.normalize_alike(_pool(operations[0][0], self.x), [op[1] for op in operations])
+                self.products += [(edge, pooled, scale) for edge, scale in zip(some, scales, strict=True)]
             elif operations[0][2].kernel_size == (1, 1):
                 for first in range(0, len(some), self.num_grouped):
                     part = slice(first, first + self.num_grouped)
                     self._convolve(some[part], operations[part], scales[part])
             else:
-                for edge, module, scale in zip(some, modules, scales, strict=True):
-                    edge.sum.add_product(module(self.x), scale)
+                self.products += [
+                    (edge, module(self.x), scale) for edge, module, scale in zip(some, modules, scales, strict=True)
+                ]
+        self._multiply()
         self._hand_over()
 
     def _add(self, edges: Sequence[_Edge], branches: Tensor, *, in_quarters: bool = False) -> None:
@@ -227,6 +227,20 @@ class _Source:
             self.found[key][1].add_(branches)
         else:
             self.found[key] = (edges, branches)
+
+    def _multiply(self) -> None:
+        """Add the products of tensors, which several edges may have in common, and scalars."""
+        if not self.products:
+            return
+        edges = list({id(edge): edge for edge, _, _ in self.products}.values())
+        tensors = list({id(x): x for _, x, _ in self.products}.values())
+        rows, columns = ({id(each): i for i, each in enumerate(group)} for group in (edges, tensors))
+        places = [(rows[id(edge)], columns[id(x)]) for edge, x, _ in self.products]
+        sums = _AddProducts.apply(
+            places, len(edges), *(edge.sum.whole for edge in edges), *tensors, *(scale for _, _, scale in self.products)
+        )
+        for edge, found in zip(edges, sums, strict=True):
+            edge.sum.whole = found
 
     def _hand_over(self) -> None:
         for (in_quarters, _), (edges, branches) in self.found.items():
@@ -257,7 +271,7 @@ class _Source:
                 if isinstance(operation, FactorizedReduce):
                     reducing.append((edge, operation, scale))
                 else:
-                    edge.sum.add_product(functional.dropout(self.x, dropout) if dropout else self.x, scale)
+                    self.products.append((edge, functional.dropout(self.x, dropout) if dropout else self.x, scale))
         for first in range(0, len(reducing), self.num_grouped):
             self._reduce(reducing[first : first + self.num_grouped])
 
@@ -386,6 +400,52 @@ def _are_alike(norms: Sequence[Any]) -> bool:
     )
 
 
+class _AddProducts(torch.autograd.Function):
+    """Add products of tensors and scalars to sums, in place; a sum that is None begins with its first product."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Sequence[tuple[int, int]], num_sums: int, *tensors: Tensor | None) -> Any:
+        first_scale = len(tensors) - len(places)
+        sums, factors, scales = list(tensors[:num_sums]), tensors[num_sums:first_scale], tensors[first_scale:]
+        ctx.mark_dirty(*(s for s in sums if s is not None))
+        ctx.save_for_backward(*factors, *scales)
+        ctx.places, ctx.num_factors, ctx.begun = places, len(factors), [s is not None for s in sums]
+        for (row, column), scale in zip(places, scales, strict=True):
+            before, factor = sums[row], factors[column]
+            assert factor is not None
+            assert scale is not None
+            sums[row] = factor * scale if before is None else before.addcmul_(factor, scale)
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        factors, scales = saved[: ctx.num_factors], saved[ctx.num_factors :]
+        wanted = ctx.needs_input_grad[2 + len(gs) :]
+        of_factors: list[Tensor | None] = [None] * len(factors)
+        of_scales: list[Tensor | None] = [None] * len(scales)
+        for index, ((row, column), scale) in enumerate(zip(ctx.places, scales, strict=True)):
+            g, before = gs[row], of_factors[column]
+            if wanted[column]:
+                if before is None:
+                    of_factors[column] = g * scale
+                elif torch.is_grad_enabled():  # it will be differentiated itself
+                    of_factors[column] = torch.addcmul(before, g, scale)
+                else:
+                    before.addcmul_(g, scale)
+            if wanted[len(factors) + index]:
+                of_scales[index] = _inner(g, factors[column])
+        of_sums = [g if begun else None for g, begun in zip(gs, ctx.begun, strict=True)]
+        return None, None, *of_sums, *of_factors, *of_scales
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of products, a scalar."""
+    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and is_channels_last(a) and is_channels_last(b):
+        return torch.dot(*(t.permute(0, 2, 3, 1).reshape(-1) for t in (a, b)))
+    return (a * b).sum()
+
+
 class _Concatenate(torch.autograd.Function):
     """`torch.cat` of channels, whose gradients have the layout of what they are gradients of: all edges read them."""
 
@@ -398,6 +458,16 @@ class _Concatenate(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         memory_format = torch.channels_last if is_channels_last(g) else torch.contiguous_format
         return tuple(part.contiguous(memory_format=memory_format) for part in torch.split(g, ctx.sizes, dim=1))
+
+
+def _pool(pool: Any, x: Tensor) -> Tensor:
+    few = x.device.type == "cpu" and x.shape[1] < _VECTOR and is_channels_last(x)
+    if not few or not isinstance(pool, nn.AvgPool2d) or (pool.kernel_size, pool.padding) != (3, 1):
+        return pool(x)  # type: ignore[no-any-return]
+    (stride, _) = strides = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
+    ones = x.new_ones(x.shape[1], 1, 3, 3)
+    counts = functional.conv2d(x.new_ones(1, 1, *x.shape[2:]), ones[:1], stride=strides, padding=1)
+    return depthwise(x, ones, stride) / counts
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
