@@ -13,6 +13,7 @@ Called by the fused cell of a supernet.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,12 +38,15 @@ def depthwise(x: Tensor, kernels: Tensor, stride: int = 1, dilation: int = 1) ->
         (batch, channels, ceil(height / stride), ceil(width / stride)).
     """
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # it does not reach what is below
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):  # it does not reach what is below
         lower = torch.get_autocast_dtype(kind)
         x, kernels = x.to(lower), kernels.to(lower)
     if kernels.is_leaf:  # see `_wanted`
         kernels = kernels.view_as(kernels)
     return _apply(_Convolve, x, kernels, (stride, dilation))
+
+
+_has_autocast = cache(torch.amp.is_autocast_available)
 
 
 def is_channels_last(x: Tensor) -> bool:

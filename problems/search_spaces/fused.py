@@ -19,7 +19,7 @@ normalizations of other classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,19 @@ class FusedCell(SearchCell):
         ]
         self.strides = [shape.stride(source) for source in range(len(self.outgoing))]
         self.fusable = all(type(edge) in (MixedOperation, PartialOperation) for edge in self.edges)
+        self._groups = [_groups([self.edges[edge] for edge, _ in out]) for out in self.outgoing] if self.fusable else []
+        # Where the scale of each channel of the convolutions is in the flattened weights, group after group.
+        self._places = [
+            [
+                self.outgoing[source][member][0] * len(primitives[0]) + column
+                for member, column in zip(group.members, group.columns, strict=True)
+                for _ in range(group.channels)
+            ]
+            for source, groups in enumerate(self._groups)
+            for group in groups
+            if group.channels
+        ]
+        self._index: dict[torch.device, Tensor] = {}
         self._norms = [  # where they are, as others may be put in their places
             (owner._modules, name)
             for owner in self.edges.modules()
@@ -82,7 +95,8 @@ class FusedCell(SearchCell):
         nodes: list[Tensor] = self.preprocess(before_last, last)
         if edge_weights is not None:
             weights = weights * edge_weights.unsqueeze(1)
-        rows = [row.unbind() for row in weights.unbind()]
+        count, flat = weights.shape[1], weights.reshape(-1)
+        scalars, scales = flat.unbind(), iter(self._scales(flat))
         whole = edge_weights.unbind() if edge_weights is not None else None
         sums = [_Sum() for _ in self.incoming]
         statistics = _Statistics()
@@ -93,17 +107,58 @@ class FusedCell(SearchCell):
                 _Edge(
                     self.edges[edge],
                     sums[target],
-                    rows[edge],
+                    scalars[edge * count : (edge + 1) * count],
                     None if whole is None else whole[edge],
                     *(states[edge] if states else PLAIN)[1:],
                 )
                 for edge, target in leaving
             ]
-            _Source(nodes[source], self.strides[source], statistics).feed(edges)
+            _Source(nodes[source], self.strides[source], statistics).feed(edges, self._groups[source], scales)
         nodes.append(sums[-1].node())
         statistics.write()
         joined: Tensor = _Concatenate.apply(*nodes[NUM_INPUTS:])
         return joined
+
+    def _scales(self, weights: Tensor) -> Sequence[Tensor]:
+        """Return the scales of the channels of each group of convolutions, given the flattened weights."""
+        if not self._places:
+            return ()
+        if weights.device not in self._index:
+            self._index[weights.device] = torch.tensor(sum(self._places, []), device=weights.device)  # noqa: RUF017
+        found = weights.index_select(0, self._index[weights.device])
+        return torch.split(found, [len(places) for places in self._places])
+
+
+class _Group(NamedTuple):
+    """Those edges out of a node that have a primitive in common."""
+
+    members: tuple[int, ...]
+    """Their places among the edges."""
+    columns: tuple[int, ...]
+    """The place of the primitive among those of each."""
+    modules: tuple[Any, ...]
+    """That compute it."""
+    channels: int
+    """Of a separable or dilated convolution; 0 for all else."""
+
+
+def _groups(edges: Sequence[Any]) -> list[_Group]:
+    """Return the groups of some edges, skip-connections left out."""
+    having: dict[str, list[tuple[int, int, Any]]] = {}
+    for member, edge in enumerate(edges):
+        for name, module in edge.operations.items():
+            if name != "skip_connect":
+                having.setdefault(name, []).append((member, edge.primitives.index(name), module))
+    found = []
+    for some in having.values():
+        members, columns, modules = zip(*some, strict=True)
+        convolves = not _is_pool(modules[0][0]) and modules[0][2].kernel_size == (1, 1)
+        found.append(_Group(members, columns, modules, modules[0][2].out_channels if convolves else 0))
+    return found
+
+
+def _is_pool(module: nn.Module) -> bool:
+    return isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
 
 
 class _Edge(NamedTuple):
@@ -189,34 +244,35 @@ class _Source:
         self.products: list[tuple[_Edge, Tensor, Tensor]] = []
         self.found: dict[tuple[bool, tuple[int, ...]], tuple[Sequence[_Edge], Tensor]] = {}
 
-    def feed(self, edges: Sequence[_Edge]) -> None:
-        """Add to the sum of each edge what the edge makes of this node."""
+    def feed(self, edges: Sequence[_Edge], groups: Sequence[_Group], scales: Iterator[Tensor]) -> None:
+        """Add to the sum of each edge what the edge makes of this node.
+
+        Args:
+            edges: Out of the node.
+            groups: Of them.
+            scales: Of the channels of each group of convolutions.
+        """
         k = edges[0].k
         if k > 1:
             self._pass_by(edges, self.x[:, self.x.shape[1] // k :])
             self.x = self.x[:, : self.x.shape[1] // k]
         self.rectified = functional.relu(self.x)
         self._skip(edges)
-        having: dict[str, list[_Edge]] = {}
-        for edge in edges:
-            for name in edge.operation.operations:
-                if name != "skip_connect":
-                    having.setdefault(name, []).append(edge)
-        for name, some in having.items():
-            modules = [edge.operation.operations[name] for edge in some]
-            operations = [tuple(module) for module in modules]  # slices of an nn.Sequential would be new modules
-            scales = [edge.row[edge.operation.primitives.index(name)] for edge in some]
-            if isinstance(operations[0][0], nn.MaxPool2d | nn.AvgPool2d):
-                pooled = self.statistics.normalize_alike(_pool(operations[0][0], self.x), [op[1] for op in operations])
-                self.products += [(edge, pooled, scale) for edge, scale in zip(some, scales, strict=True)]
-            elif operations[0][2].kernel_size == (1, 1):
-                for first in range(0, len(some), self.num_grouped):
-                    part = slice(first, first + self.num_grouped)
-                    self._convolve(some[part], operations[part], scales[part])
+        for group in groups:
+            some = [edges[member] for member in group.members]
+            if group.channels:
+                self._convolve_in_parts(some, [tuple(module) for module in group.modules], next(scales))
+                continue
+            if _is_pool(group.modules[0][0]):
+                pool = group.modules[0][0]
+                pooled = self.statistics.normalize_alike(_pool(pool, self.x), [module[1] for module in group.modules])
+                branches = [pooled] * len(some)
             else:
-                self.products += [
-                    (edge, module(self.x), scale) for edge, module, scale in zip(some, modules, scales, strict=True)
-                ]
+                branches = [module(self.x) for module in group.modules]
+            self.products += [
+                (edge, branch, edge.row[column])
+                for edge, branch, column in zip(some, branches, group.columns, strict=True)
+            ]
         self._multiply()
         self._hand_over()
 
@@ -282,10 +338,18 @@ class _Source:
         pairs = zip(of_even.chunk(len(skips), dim=1), of_odd.chunk(len(skips), dim=1), strict=True)
         joined = torch.cat([half for pair in pairs for half in pair], dim=1)
         norms = [operation.norm for _, operation, _ in skips]
-        branches = self.statistics.normalize(joined, norms, [scale for _, _, scale in skips])
+        scales = torch.stack([scale for _, _, scale in skips]).repeat_interleave(joined.shape[1] // len(skips))
+        branches = self.statistics.normalize(joined, norms, scales)
         self._add([edge for edge, _, _ in skips], branches)
 
-    def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Sequence[Any]], scales: Sequence[Tensor]) -> None:
+    def _convolve_in_parts(self, edges: Sequence[_Edge], operations: Sequence[Sequence[Any]], scales: Tensor) -> None:
+        """Run the convolutions of as many edges at once as pays."""
+        num = self.num_grouped
+        parts = [scales] if num >= len(edges) else torch.split(scales, num * (len(scales) // len(edges)))
+        for first, part in zip(range(0, len(edges), num), parts, strict=True):
+            self._convolve(edges[first : first + num], operations[first : first + num], part)
+
+    def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Sequence[Any]], scales: Tensor) -> None:
         """Run (ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm), once or more, for several edges."""
         num_blocks = len(operations[0]) // BLOCK
         images = self._images(operations[0][1].dilation[0] if num_blocks == 1 else 1)
@@ -348,20 +412,19 @@ class _Statistics:
     def __init__(self) -> None:
         self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
 
-    def normalize(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Sequence[Tensor] | None) -> Tensor:
-        """Normalize as many groups of channels as there are modules, and scale each.
+    def normalize(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Tensor | None) -> Tensor:
+        """Normalize as many groups of channels as there are modules, and scale each channel.
 
         Args:
             x: (batch, modules * channels, height, width).
             norms: Of each group.
-            scales: Of each group, scalars, or None for 1.
+            scales: Of each channel, (modules * channels,), or None for 1.
         """
         mean = var = None
         if norms[0].track_running_stats:
             mean, var = (norms[0].running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
         size = x.shape[1] // len(norms)
-        scale = None if scales is None else torch.stack(tuple(scales)).repeat_interleave(size)
-        y = functional.batch_norm(x, mean, var, scale, None, training=True, momentum=1.0, eps=norms[0].eps)
+        y = functional.batch_norm(x, mean, var, scales, None, training=True, momentum=1.0, eps=norms[0].eps)
         if mean is not None and var is not None:
             self._found += zip(norms, mean.split(size), var.split(size), strict=True)
         return y
