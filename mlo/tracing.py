@@ -48,6 +48,7 @@ def trace(
                     f"the loss."
                 )
             _check_closure(levels, name, loss, "loss", (name, *levels[name].reads))
+            del loss  # and its graph, before the next one is made
 
 
 def _check_outside(graph: Graph, name: str, accessed: set[str]) -> None:
