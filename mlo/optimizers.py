@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from mlo.autodiff import Gradient, alias, norm, scaled, summed
 from mlo.errors import MloError
@@ -140,13 +139,6 @@ def coupled_weight_decay(optimizer: type[Optimizer], options: Mapping[str, Any])
         f"{optimizer.__name__}: expected an optimizer of torch.optim, or weight_decay=0; found "
         f"weight_decay={float(decay):g}, which may or may not be part of the objective. Write the "
         f"decay into the loss instead."
-    )
-
-
-def only_reads_gradients(optimizer: Optimizer) -> bool:
-    """Return whether a step is known to leave the gradients that it is given as they are."""
-    return type(optimizer) in (SGD, Adam, AdamW) and not (
-        optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
     )
 
 

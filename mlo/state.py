@@ -15,7 +15,7 @@ from mlo.autodiff import Backend, Call, Gradient, Level, LossCall, MeanCall
 from mlo.calls import Habits
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.levels import Tensors
-from mlo.optimizers import clip, only_reads_gradients
+from mlo.optimizers import clip
 from mlo.problem import Problem
 from mlo.randomness import random_key
 from mlo.sharding import distributed_like, whole
@@ -119,13 +119,12 @@ class LevelState:
         kept = [(p, p.grad) for p in (*parameters, *held) if p.grad is not None]
         for p, _ in kept:  # a frozen parameter may still have a gradient
             p.grad = None
-        tensors, reads = self.level.variables.tensors, only_reads_gradients(self.problem.optimizer)
+        tensors = self.level.variables.tensors
         with torch.no_grad():  # copies: the record keeps the gradient, and an optimizer may write into its own
             for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
                 if g is not None:
                     self._check_dense(i, g)
-                    same = g.stride() == tensors[i].stride()
-                    own = g if same and reads else g.clone() if same else torch.empty_like(tensors[i]).copy_(g)
+                    own = g.clone() if g.stride() == tensors[i].stride() else torch.empty_like(tensors[i]).copy_(g)
                     parameters[i].grad = like_parameter(i, own)
         self.problem.optimizer.step()
         for p in parameters:

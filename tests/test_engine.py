@@ -1,6 +1,7 @@
 """The loop: schedule, purity, rollback, and what a user is told."""
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -48,6 +49,36 @@ def test_the_callers_generators_and_gradients_are_left_alone():
     assert np.array_equal(np.random.rand(3), expected[1])
     assert random.random() == expected[2]
     assert all((p.grad == 7.0).all() for problem in engine.graph.levels for p in problem.module.parameters())
+
+
+def test_the_graph_of_a_loss_is_let_go_before_the_next_one_is_called():
+    """When the edges are checked, too: of two big graphs only one is alive."""
+    alive = weakref.WeakSet()
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            assert not alive
+            alive.add(ctx)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    def fit(levels, batch):
+        return Node.apply(levels.low(batch) - levels.up(batch)).square().sum()
+
+    low, up = nn.Linear(3, 3), nn.Linear(3, 3)
+    graph = mlo.Graph(
+        [
+            mlo.Problem("low", low, fit, torch.optim.SGD(low.parameters(), lr=0.01), [torch.ones(1, 3)], steps=2),
+            mlo.Problem("up", up, lambda levels, batch: Node.apply(levels.low(batch)).square().sum(),
+                        torch.optim.SGD(up.parameters(), lr=0.01), [torch.ones(1, 3)]),
+        ],
+        [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
+    )  # fmt: skip
+    mlo.Engine(graph, device="cpu").run(2, progress=False)
 
 
 def test_runs_do_not_depend_on_the_global_generators():

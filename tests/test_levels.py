@@ -181,6 +181,25 @@ def test_draws_from_python_and_numpy_are_those_of_the_step(estimator, start):
     assert level.error < 1e-5
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_loss_may_read_what_a_hook_left_in_a_module(steps):
+    """In a module of torch's own; a kept call would give back the output, but not run the hook again."""
+
+    class Hooked(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(3, 3), nn.Tanh())
+            self[0].register_forward_hook(lambda module, args, output: setattr(module, "seen", output))
+
+    def fit(levels, batch):
+        target = levels.up(batch[1])
+        return (levels.low(batch[0]) - target * levels.up[0].seen.sigmoid()).square().mean()
+
+    torch.manual_seed(1)
+    exact, near = exact_and_different_ways(nn.Linear(3, 3), fit, Hooked(), steps=steps)
+    assert exact.norm() > 0
+    torch.testing.assert_close(near, exact, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize(("weighs", "of_use"), [(True, False), (False, True)])
 def test_calls_are_kept_as_long_as_they_are_of_use(weighs, of_use):
     """A module whose arguments move with the level's own variables never gets the same call twice in a difference."""

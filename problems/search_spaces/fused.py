@@ -26,6 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from problems.search_spaces.branches import (
+    Images,
+    Statistics,
+    add_products,
+    are_alike,
+    concatenate,
+    join,
+    pool,
+    quarter,
+)
 from problems.search_spaces.cells import PLAIN, CellPrimitives, CellShape, EdgeOperation, MixedOperation, SearchCell
 from problems.search_spaces.depthwise import depthwise, is_channels_last
 from problems.search_spaces.genotypes import NUM_INPUTS
@@ -34,8 +44,6 @@ from problems.search_spaces.primitives import FactorizedReduce, every_second
 
 _CACHED = 1 << 21
 """Numbers in the branches that run as one on a CPU; measured, with 16 to 64 images of 32 x 32 pixels."""
-_VECTOR = 16
-"""Numbers that a CPU computes with at once; PyTorch averages fewer channels one by one, several times as slowly."""
 BLOCK = 4
 """Modules of a block of a separable or dilated primitive: ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm."""
 
@@ -90,7 +98,7 @@ class FusedCell(SearchCell):
         """As `SearchCell.forward`."""
         norms = [container[name] for container, name in self._norms]
         sampled = states is not None and any(state.chosen is not None for state in states)
-        if sampled or not self.fusable or not _are_alike(norms):
+        if sampled or not self.fusable or not are_alike(norms):
             return super().forward(before_last, last, weights, edge_weights, states)
         nodes: list[Tensor] = self.preprocess(before_last, last)
         if edge_weights is not None:
@@ -99,7 +107,7 @@ class FusedCell(SearchCell):
         scalars, scales = flat.unbind(), iter(self._scales(flat))
         whole = edge_weights.unbind() if edge_weights is not None else None
         sums = [_Sum() for _ in self.incoming]
-        statistics = _Statistics()
+        statistics = Statistics()
         for source, leaving in enumerate(self.outgoing):
             if source >= NUM_INPUTS:
                 nodes.append(sums[source - NUM_INPUTS].node())
@@ -116,15 +124,16 @@ class FusedCell(SearchCell):
             _Source(nodes[source], self.strides[source], statistics).feed(edges, self._groups[source], scales)
         nodes.append(sums[-1].node())
         statistics.write()
-        joined: Tensor = _Concatenate.apply(*nodes[NUM_INPUTS:])
-        return joined
+        return concatenate(nodes[NUM_INPUTS:])
 
     def _scales(self, weights: Tensor) -> Sequence[Tensor]:
         """Return the scales of the channels of each group of convolutions, given the flattened weights."""
         if not self._places:
             return ()
         if weights.device not in self._index:
-            self._index[weights.device] = torch.tensor(sum(self._places, []), device=weights.device)  # noqa: RUF017
+            with torch.inference_mode(False):
+                places = [place for group in self._places for place in group]
+                self._index[weights.device] = torch.tensor(places, device=weights.device)
         found = weights.index_select(0, self._index[weights.device])
         return torch.split(found, [len(places) for places in self._places])
 
@@ -195,7 +204,7 @@ class _Sum:
         Args:
             branch: The first one is written into later.
             is_part: Whether it is a part of a tensor that has others, too, and must stay as it is.
-            in_quarters: See `_Images`.
+            in_quarters: See `Images`.
         """
         before = self.quarters if in_quarters else self.whole
         if before is not None:
@@ -216,7 +225,7 @@ class _Sum:
     def node(self) -> Tensor:
         """Return the node."""
         if self.quarters is not None:
-            self.add(_join(self.quarters))
+            self.add(join(self.quarters))
         node = self.whole
         assert node is not None  # a search space has a primitive besides `none` on each edge
         if self.passing is None:
@@ -234,13 +243,13 @@ class _Source:
         statistics: Of the batch.
     """
 
-    def __init__(self, x: Tensor, stride: int, statistics: _Statistics) -> None:
+    def __init__(self, x: Tensor, stride: int, statistics: Statistics) -> None:
         self.x = x
         self.stride = stride
         self.statistics = statistics
         # A CPU gains by groups as long as its caches hold them.
         self.num_grouped = max(1, _CACHED // x.numel()) if x.device.type == "cpu" else 1 << 30
-        self.images: dict[int, _Images] = {}
+        self.images: dict[int, Images] = {}
         self.products: list[tuple[_Edge, Tensor, Tensor]] = []
         self.found: dict[tuple[bool, tuple[int, ...]], tuple[Sequence[_Edge], Tensor]] = {}
 
@@ -264,8 +273,8 @@ class _Source:
                 self._convolve_in_parts(some, [tuple(module) for module in group.modules], next(scales))
                 continue
             if _is_pool(group.modules[0][0]):
-                pool = group.modules[0][0]
-                pooled = self.statistics.normalize_alike(_pool(pool, self.x), [module[1] for module in group.modules])
+                module = group.modules[0][0]
+                pooled = self.statistics.normalize_alike(pool(module, self.x), [module[1] for module in group.modules])
                 branches = [pooled] * len(some)
             else:
                 branches = [module(self.x) for module in group.modules]
@@ -292,9 +301,8 @@ class _Source:
         tensors = list({id(x): x for _, x, _ in self.products}.values())
         rows, columns = ({id(each): i for i, each in enumerate(group)} for group in (edges, tensors))
         places = [(rows[id(edge)], columns[id(x)]) for edge, x, _ in self.products]
-        sums = _AddProducts.apply(
-            places, len(edges), *(edge.sum.whole for edge in edges), *tensors, *(scale for _, _, scale in self.products)
-        )
+        scales = [scale for _, _, scale in self.products]
+        sums = add_products([edge.sum.whole for edge in edges], tensors, scales, places)
         for edge, found in zip(edges, sums, strict=True):
             edge.sum.whole = found
 
@@ -366,195 +374,21 @@ class _Source:
             y = self.statistics.normalize(y, norms, scales if block == num_blocks - 1 else None)
         self._add(edges, y, in_quarters=images.in_quarters)
 
-    def _images(self, dilation: int) -> _Images:
+    def _images(self, dilation: int) -> Images:
         """What a convolution reads, rectified, so that it is a plain one where that is possible."""
         if dilation not in self.images:
             x = self.rectified
             if dilation != 2:
-                found = _Images(x, self.stride, dilation)
+                found = Images(x, self.stride, dilation)
             elif self.stride == 2:  # with dilation 2 it reads even rows and columns only
-                found = _Images(every_second(x, 0), 1, 1)
+                found = Images(every_second(x, 0), 1, 1)
             elif x.shape[2] % 2 or x.shape[3] % 2:
-                found = _Images(x, 1, 2)
+                found = Images(x, 1, 2)
             else:
-                found = _Images(_quarter(x), 1, 1, in_quarters=True)
+                found = Images(quarter(x), 1, 1, in_quarters=True)
             self.images[dilation] = found
         return self.images[dilation]
 
 
-class _Images:
-    """What a depthwise convolution reads, and how.
-
-    Args:
-        y: The images, (batch, channels, height, width).
-        stride: Of the convolution.
-        dilation: Of the convolution.
-        in_quarters: Whether the batch consists of the quarters of the images, all first ones, all second ones, and so
-            on.
-    """
-
-    def __init__(self, y: Tensor, stride: int, dilation: int, *, in_quarters: bool = False) -> None:
-        self.stride = stride
-        self.dilation = dilation
-        self.in_quarters = in_quarters
-        self._repeated = {1: y}
-
-    def repeated(self, count: int) -> Tensor:
-        """Return the channels so many times; not to be written into."""
-        if count not in self._repeated:  # Tensor.repeat would lay the channels out anew
-            self._repeated[count] = torch.cat([self._repeated[1]] * count, dim=1)
-        return self._repeated[count]
-
-
-class _Statistics:
-    """BatchNorm with the statistics of the batch; running ones are written once for all modules."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
-
-    def normalize(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Tensor | None) -> Tensor:
-        """Normalize as many groups of channels as there are modules, and scale each channel.
-
-        Args:
-            x: (batch, modules * channels, height, width).
-            norms: Of each group.
-            scales: Of each channel, (modules * channels,), or None for 1.
-        """
-        mean = var = None
-        if norms[0].track_running_stats:
-            mean, var = (norms[0].running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
-        size = x.shape[1] // len(norms)
-        y = functional.batch_norm(x, mean, var, scales, None, training=True, momentum=1.0, eps=norms[0].eps)
-        if mean is not None and var is not None:
-            self._found += zip(norms, mean.split(size), var.split(size), strict=True)
-        return y
-
-    def normalize_alike(self, x: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
-        """Do once what several modules would do to the same tensor."""
-        y = self.normalize(x, norms[:1], None)
-        if norms[0].track_running_stats:
-            _, mean, var = self._found[-1]
-            self._found += [(norm, mean, var) for norm in norms[1:]]
-        return y
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Move the running statistics of all modules that track them."""
-        if not self._found:
-            return
-        norms, means, variances = zip(*self._found, strict=True)
-        momentum = norms[0].momentum
-        # Through `.data`, as BatchNorm itself: earlier passes that remember these tensors do not need their values.
-        torch._foreach_lerp_([norm.running_mean.data for norm in norms], means, momentum)
-        torch._foreach_lerp_([norm.running_var.data for norm in norms], variances, momentum)
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-
-
-def _are_alike(norms: Sequence[Any]) -> bool:
-    """Whether all are plain BatchNorms of the same settings, in training mode."""
-    return all(
-        type(norm) is nn.BatchNorm2d
-        and norm.training
-        and not norm.affine
-        and norm.momentum is not None
-        and (norm.momentum, norm.eps, norm.track_running_stats)
-        == (norms[0].momentum, norms[0].eps, norms[0].track_running_stats)
-        for norm in norms
-    )
-
-
-class _AddProducts(torch.autograd.Function):
-    """Add products of tensors and scalars to sums, in place; a sum that is None begins with its first product."""
-
-    @staticmethod
-    def forward(ctx: Any, places: Sequence[tuple[int, int]], num_sums: int, *tensors: Tensor | None) -> Any:
-        first_scale = len(tensors) - len(places)
-        sums, factors, scales = list(tensors[:num_sums]), tensors[num_sums:first_scale], tensors[first_scale:]
-        ctx.mark_dirty(*(s for s in sums if s is not None))
-        ctx.save_for_backward(*factors, *scales)
-        ctx.places, ctx.num_factors, ctx.begun = places, len(factors), [s is not None for s in sums]
-        for (row, column), scale in zip(places, scales, strict=True):
-            before, factor = sums[row], factors[column]
-            assert factor is not None
-            assert scale is not None
-            sums[row] = factor * scale if before is None else before.addcmul_(factor, scale)
-        return tuple(sums)
-
-    @staticmethod
-    def backward(ctx: Any, *gs: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        factors, scales = saved[: ctx.num_factors], saved[ctx.num_factors :]
-        wanted = ctx.needs_input_grad[2 + len(gs) :]
-        of_factors: list[Tensor | None] = [None] * len(factors)
-        of_scales: list[Tensor | None] = [None] * len(scales)
-        for index, ((row, column), scale) in enumerate(zip(ctx.places, scales, strict=True)):
-            g, before = gs[row], of_factors[column]
-            if wanted[column]:
-                if before is None:
-                    of_factors[column] = g * scale
-                elif torch.is_grad_enabled():  # it will be differentiated itself
-                    of_factors[column] = torch.addcmul(before, g, scale)
-                else:
-                    before.addcmul_(g, scale)
-            if wanted[len(factors) + index]:
-                of_scales[index] = _inner(g, factors[column])
-        of_sums = [g if begun else None for g, begun in zip(gs, ctx.begun, strict=True)]
-        return None, None, *of_sums, *of_factors, *of_scales
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of products, a scalar."""
-    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and is_channels_last(a) and is_channels_last(b):
-        return torch.dot(*(t.permute(0, 2, 3, 1).reshape(-1) for t in (a, b)))
-    return (a * b).sum()
-
-
-class _Concatenate(torch.autograd.Function):
-    """`torch.cat` of channels, whose gradients have the layout of what they are gradients of: all edges read them."""
-
-    @staticmethod
-    def forward(ctx: Any, *nodes: Tensor) -> Tensor:
-        ctx.sizes = [node.shape[1] for node in nodes]
-        return torch.cat(nodes, dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        memory_format = torch.channels_last if is_channels_last(g) else torch.contiguous_format
-        return tuple(part.contiguous(memory_format=memory_format) for part in torch.split(g, ctx.sizes, dim=1))
-
-
-def _pool(pool: Any, x: Tensor) -> Tensor:
-    few = x.device.type == "cpu" and x.shape[1] < _VECTOR and is_channels_last(x)
-    if not few or not isinstance(pool, nn.AvgPool2d) or (pool.kernel_size, pool.padding) != (3, 1):
-        return pool(x)  # type: ignore[no-any-return]
-    (stride, _) = strides = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
-    ones = x.new_ones(x.shape[1], 1, 3, 3)
-    counts = functional.conv2d(x.new_ones(1, 1, *x.shape[2:]), ones[:1], stride=strides, padding=1)
-    return depthwise(x, ones, stride) / counts
-
-
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
-
-
-def _quarter(x: Tensor) -> Tensor:
-    """Return the pixels of even rows and columns, of even rows and odd columns, and so on, one after the other.
-
-    What slices would give; but their gradients would be laid out with the pixels of a channel next to each other.
-    """
-    count, channels, height, width = x.shape
-    if is_channels_last(x):
-        rows = x.permute(0, 2, 3, 1).reshape(count, height // 2, 2, width // 2, 2, channels)
-        return rows.permute(2, 4, 0, 1, 3, 5).reshape(4 * count, height // 2, width // 2, channels).permute(0, 3, 1, 2)
-    rows = x.reshape(count, channels, height // 2, 2, width // 2, 2)
-    return rows.permute(3, 5, 0, 1, 2, 4).reshape(4 * count, channels, height // 2, width // 2)
-
-
-def _join(quarters: Tensor) -> Tensor:
-    """Put images together from their quarters."""
-    count, channels, height, width = quarters.shape
-    if is_channels_last(quarters):
-        rows = quarters.permute(0, 2, 3, 1).reshape(2, 2, count // 4, height, width, channels)
-        return rows.permute(2, 3, 0, 4, 1, 5).reshape(count // 4, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
-    rows = quarters.reshape(2, 2, count // 4, channels, height, width)
-    return rows.permute(2, 3, 4, 0, 5, 1).reshape(count // 4, channels, 2 * height, 2 * width)

@@ -1,0 +1,212 @@
+"""What the fused cell is made of: images to convolve, statistics of the batch, sums of products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from problems.search_spaces.depthwise import depthwise, is_channels_last
+
+_VECTOR = 16
+"""Numbers that a CPU computes with at once; PyTorch averages fewer channels one by one, several times as slowly."""
+
+
+class Images:
+    """What a depthwise convolution reads, and how.
+
+    Args:
+        y: The images, (batch, channels, height, width).
+        stride: Of the convolution.
+        dilation: Of the convolution.
+        in_quarters: Whether the batch consists of the quarters of the images, all first ones, all second ones, and so
+            on.
+    """
+
+    def __init__(self, y: Tensor, stride: int, dilation: int, *, in_quarters: bool = False) -> None:
+        self.stride = stride
+        self.dilation = dilation
+        self.in_quarters = in_quarters
+        self._repeated = {1: y}
+
+    def repeated(self, count: int) -> Tensor:
+        """Return the channels so many times; not to be written into."""
+        if count not in self._repeated:  # Tensor.repeat would lay the channels out anew
+            self._repeated[count] = torch.cat([self._repeated[1]] * count, dim=1)
+        return self._repeated[count]
+
+
+class Statistics:
+    """BatchNorm with the statistics of the batch; running ones are written once for all modules."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
+
+    def normalize(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Tensor | None) -> Tensor:
+        """Normalize as many groups of channels as there are modules, and scale each channel.
+
+        Args:
+            x: (batch, modules * channels, height, width).
+            norms: Of each group.
+            scales: Of each channel, (modules * channels,), or None for 1.
+        """
+        mean = var = None
+        if norms[0].track_running_stats:
+            mean, var = (norms[0].running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
+        size = x.shape[1] // len(norms)
+        y = functional.batch_norm(x, mean, var, scales, None, training=True, momentum=1.0, eps=norms[0].eps)
+        if mean is not None and var is not None:
+            self._found += zip(norms, mean.split(size), var.split(size), strict=True)
+        return y
+
+    def normalize_alike(self, x: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+        """Do once what several modules would do to the same tensor."""
+        y = self.normalize(x, norms[:1], None)
+        if norms[0].track_running_stats:
+            _, mean, var = self._found[-1]
+            self._found += [(norm, mean, var) for norm in norms[1:]]
+        return y
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Move the running statistics of all modules that track them."""
+        if not self._found:
+            return
+        norms, means, variances = zip(*self._found, strict=True)
+        momentum = norms[0].momentum
+        # Through `.data`, as BatchNorm itself: earlier passes that remember these tensors do not need their values.
+        torch._foreach_lerp_([norm.running_mean.data for norm in norms], means, momentum)
+        torch._foreach_lerp_([norm.running_var.data for norm in norms], variances, momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
+def are_alike(norms: Sequence[Any]) -> bool:
+    """Whether all are plain BatchNorms of the same settings, in training mode."""
+    return all(
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and not norm.affine
+        and norm.momentum is not None
+        and (norm.momentum, norm.eps, norm.track_running_stats)
+        == (norms[0].momentum, norms[0].eps, norms[0].track_running_stats)
+        for norm in norms
+    )
+
+
+def add_products(
+    sums: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    places: Sequence[tuple[int, int]],
+) -> Sequence[Tensor]:
+    """Add products of tensors and scalars to sums, in place, and return the sums.
+
+    Args:
+        sums: What there is already; one that is None begins with its first product.
+        factors: Of the same shape as the sums.
+        scales: Of each product, scalars.
+        places: Of each product, its sum and its factor.
+    """
+    return _AddProducts.apply(places, len(sums), *sums, *factors, *scales)  # type: ignore[no-any-return]
+
+
+def concatenate(nodes: Sequence[Tensor]) -> Tensor:
+    """Return `torch.cat` of channels, whose gradients have the layout of what they are gradients of."""
+    return _Concatenate.apply(*nodes)  # type: ignore[no-any-return]
+
+
+class _AddProducts(torch.autograd.Function):
+    """See `add_products`."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Sequence[tuple[int, int]], num_sums: int, *tensors: Tensor | None) -> Any:
+        first_scale = len(tensors) - len(places)
+        sums, factors, scales = list(tensors[:num_sums]), tensors[num_sums:first_scale], tensors[first_scale:]
+        ctx.mark_dirty(*(s for s in sums if s is not None))
+        ctx.save_for_backward(*factors, *scales)
+        ctx.places, ctx.num_factors, ctx.begun = places, len(factors), [s is not None for s in sums]
+        for (row, column), scale in zip(places, scales, strict=True):
+            before, factor = sums[row], factors[column]
+            assert factor is not None
+            assert scale is not None
+            sums[row] = factor * scale if before is None else before.addcmul_(factor, scale)
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        factors, scales = saved[: ctx.num_factors], saved[ctx.num_factors :]
+        wanted = ctx.needs_input_grad[2 + len(gs) :]
+        of_factors: list[Tensor | None] = [None] * len(factors)
+        of_scales: list[Tensor | None] = [None] * len(scales)
+        for index, ((row, column), scale) in enumerate(zip(ctx.places, scales, strict=True)):
+            g, before = gs[row], of_factors[column]
+            if wanted[column]:
+                if before is None:
+                    of_factors[column] = g * scale
+                elif torch.is_grad_enabled():  # it will be differentiated itself
+                    of_factors[column] = torch.addcmul(before, g, scale)
+                else:
+                    before.addcmul_(g, scale)
+            if wanted[len(factors) + index]:
+                of_scales[index] = _inner(g, factors[column])
+        of_sums = [g if begun else None for g, begun in zip(gs, ctx.begun, strict=True)]
+        return None, None, *of_sums, *of_factors, *of_scales
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of products, a scalar."""
+    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and is_channels_last(a) and is_channels_last(b):
+        return torch.dot(*(t.permute(0, 2, 3, 1).reshape(-1) for t in (a, b)))
+    return (a * b).sum()
+
+
+class _Concatenate(torch.autograd.Function):
+    """See `concatenate`."""
+
+    @staticmethod
+    def forward(ctx: Any, *nodes: Tensor) -> Tensor:
+        ctx.sizes = [node.shape[1] for node in nodes]
+        return torch.cat(nodes, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        memory_format = torch.channels_last if is_channels_last(g) else torch.contiguous_format
+        return tuple(part.contiguous(memory_format=memory_format) for part in torch.split(g, ctx.sizes, dim=1))
+
+
+def pool(module: Any, x: Tensor) -> Tensor:
+    """Return what a pooling module returns; averages of 3 x 3 pixels as sums over those counted."""
+    few = x.device.type == "cpu" and x.shape[1] < _VECTOR and is_channels_last(x)
+    if not few or not isinstance(module, nn.AvgPool2d) or (module.kernel_size, module.padding) != (3, 1):
+        return module(x)  # type: ignore[no-any-return]
+    (stride, _) = strides = module.stride if isinstance(module.stride, tuple) else (module.stride, module.stride)
+    ones = x.new_ones(x.shape[1], 1, 3, 3)
+    counts = functional.conv2d(x.new_ones(1, 1, *x.shape[2:]), ones[:1], stride=strides, padding=1)
+    return depthwise(x, ones, stride) / counts
+
+
+def quarter(x: Tensor) -> Tensor:
+    """Return the pixels of even rows and columns, of even rows and odd columns, and so on, one after the other.
+
+    What slices would give; but their gradients would be laid out with the pixels of a channel next to each other.
+    """
+    count, channels, height, width = x.shape
+    if is_channels_last(x):
+        rows = x.permute(0, 2, 3, 1).reshape(count, height // 2, 2, width // 2, 2, channels)
+        return rows.permute(2, 4, 0, 1, 3, 5).reshape(4 * count, height // 2, width // 2, channels).permute(0, 3, 1, 2)
+    rows = x.reshape(count, channels, height // 2, 2, width // 2, 2)
+    return rows.permute(3, 5, 0, 1, 2, 4).reshape(4 * count, channels, height // 2, width // 2)
+
+
+def join(quarters: Tensor) -> Tensor:
+    """Put images together from their quarters."""
+    count, channels, height, width = quarters.shape
+    if is_channels_last(quarters):
+        rows = quarters.permute(0, 2, 3, 1).reshape(2, 2, count // 4, height, width, channels)
+        return rows.permute(2, 3, 0, 4, 1, 5).reshape(count // 4, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+    rows = quarters.reshape(2, 2, count // 4, channels, height, width)
+    return rows.permute(2, 3, 4, 0, 5, 1).reshape(count // 4, channels, 2 * height, 2 * width)
