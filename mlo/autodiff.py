@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlo.calls import Calls, Habits, Parts
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
-from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables
+from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables, undone
 from mlo.randomness import random_key, seed_generators, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
 
@@ -138,18 +138,14 @@ class LossCall:
         names = self.levels[self.level].names
         if moves_buffers and self.recorded:
             self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
-        undo: list[Callable[[], None]] = []
-        try:
+        with undone() as undo:
             for name in names:
                 level = self.levels[name]
                 if name in values:
-                    undo.append(level.variables.bind(values[name]))
+                    level.variables.bind(values[name], undo)
                 if not (level.buffers.empty or (moves_buffers and name == self.level)):
-                    undo.append(level.buffers.hold(self.buffers.get(name)))
+                    level.buffers.hold(undo, self.buffers.get(name))
             yield
-        finally:
-            for put_back in reversed(undo):
-                put_back()
 
     def evaluate(
         self,

@@ -22,7 +22,21 @@ from mlo.synchronized import SynchronizedBatchNorm
 Tensors = tuple[Tensor, ...]
 """A level's variables, or a cotangent of them: one tensor a parameter, in the order of `named_parameters()`."""
 
+Undo = list[Callable[[], None]]
+"""Collects what puts things back, each entry before what it undoes is done."""
+
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SynchronizedBatchNorm)
+
+
+@contextmanager
+def undone() -> Iterator[Undo]:
+    """Undo what was done within the block, the last first."""
+    undo: Undo = []
+    try:
+        yield undo
+    finally:
+        for put_back in reversed(undo):
+            put_back()
 
 
 class Variables:
@@ -62,11 +76,11 @@ class Variables:
         """Return a tensor of the shape of a variable in the form that the parameter has."""
         return tensor
 
-    def bind(self, tensors: Tensors) -> Callable[[], None]:
-        """Let `tensors` take the place of the parameters; return a function that puts the parameters back."""
+    def bind(self, tensors: Tensors, undo: Undo) -> None:
+        """Let `tensors` take the place of the parameters until it is undone."""
+        undo.append(self._unbind)
         for container, key, i in self._slots:
             container[key] = tensors[i]
-        return self._unbind
 
     def _unbind(self) -> None:
         for container, key, i in self._slots:
@@ -115,22 +129,14 @@ class Buffers:
             self._batch_norms = [m for m in self._batch_norms if m not in reading]
             self._slots += [(m._buffers, key) for m in reading for key in m._buffers]
 
-    def hold(self, copies: tuple[Tensor | None, ...] | None = None) -> Callable[[], None]:
-        """Let the module be read without moving a buffer, its buffers as in `copies` (default: as now).
+    def hold(self, undo: Undo, copies: tuple[Tensor | None, ...] | None = None) -> None:
+        """Until it is undone, read the module without moving a buffer, its buffers as in `copies` (default: as now).
 
         Batch normalization in training mode uses batch statistics with and without running ones; switching the running
         ones off is exact and free, and changes nothing in evaluation mode. All other buffers are replaced by copies.
-
-        Returns:
-            A function that puts everything back.
         """
-        kept = [container[key] for container, key in self._slots]
-        used = [None if t is None else t.clone() for t in (kept if copies is None else copies)]
         switched = [(m, m.track_running_stats) for m in self._batch_norms]
-        for m, _ in switched:  # past nn.Module.__setattr__, which takes long
-            m.__dict__["track_running_stats"] = False
-        for (container, key), t in zip(self._slots, used, strict=True):
-            container[key] = t
+        kept = [container[key] for container, key in self._slots]
 
         def release() -> None:
             for m, tracked in switched:  # it may have been held before
@@ -138,7 +144,11 @@ class Buffers:
             for (container, key), t in zip(self._slots, kept, strict=True):
                 container[key] = t
 
-        return release
+        undo.append(release)
+        for m, _ in switched:  # past nn.Module.__setattr__, which takes long
+            m.__dict__["track_running_stats"] = False
+        for (container, key), t in zip(self._slots, kept if copies is None else copies, strict=True):
+            container[key] = t.clone() if t is not None else None
 
 
 class LevelView:

@@ -12,7 +12,7 @@ Each process has batches of its own, and a loss is the mean over them: FSDP aver
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mlo.distributed import Group
 from mlo.errors import GraphError
-from mlo.levels import Tensors, Variables
+from mlo.levels import Tensors, Undo, Variables
 from mlo.trees import map_tensors
 
 
@@ -41,21 +41,21 @@ class ShardedVariables(Variables):
         """The shards, in the memory of the parameters."""
         return tuple(local(p.detach()) for p in self.parameters)
 
-    def bind(self, tensors: Tensors) -> Callable[[], None]:
+    def bind(self, tensors: Tensors, undo: Undo) -> None:
         """Let the shards have the values of `tensors`, and FSDP gather parameters anew, now and when it is undone."""
         shards = self.tensors
         moved = any(t.data_ptr() != s.data_ptr() for t, s in zip(tensors, shards, strict=True))
         kept = tuple(s.clone() for s in shards) if moved else ()
-        if moved:
-            _write(shards, tensors)
-        self._gather_anew()
 
         def put_back() -> None:
             if moved:
                 _write(shards, kept)
             self._gather_anew()
 
-        return put_back
+        undo.append(put_back)
+        if moved:
+            _write(shards, tensors)
+        self._gather_anew()
 
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor | None]]:

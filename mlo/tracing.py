@@ -11,6 +11,7 @@ from torch import Tensor
 from mlo.autodiff import Backend, Level
 from mlo.errors import GraphError
 from mlo.graph import Graph
+from mlo.levels import undone
 from mlo.state import LevelState
 
 
@@ -29,8 +30,10 @@ def trace(
     with ExitStack() as stack:
         for level in levels.values():
             stack.enter_context(level.buffers.watched())
-            stack.callback(level.buffers.hold())
-            stack.callback(level.variables.bind(level.variables.tensors))
+        undo = stack.enter_context(undone())
+        for level in levels.values():
+            level.buffers.hold(undo)
+            level.variables.bind(level.variables.tensors, undo)
         for name, state in states.items():
             accessed: set[str] = set()
             with state.stream.rewound():
