@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlo.calls import Calls, Habits, Parts
+from mlo.calls import Calls, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
-from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables, undone
+from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables
 from mlo.randomness import random_key, seed_generators, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
 
@@ -58,7 +58,7 @@ class Level:
         attached: those of `reads` that are differentiated.
         hyperparameters: options of its optimizer that other levels determine, as functions of them.
         compiled: the module under `torch.compile`, which first-order passes call instead of it.
-        parts: of the module.
+        parts: of the module, itself the first.
         names: of the level and all that it reads.
         view: of the module as first-order passes call it.
         habits: of the calls that its loss makes.
@@ -73,7 +73,7 @@ class Level:
     compiled: Callable[..., Any] | None = None
     variables: Variables = field(init=False)
     buffers: Buffers = field(init=False)
-    parts: Parts = field(init=False)
+    parts: tuple[nn.Module, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     view: LevelView = field(init=False)
     habits: Habits = field(init=False, default_factory=Habits)
@@ -83,7 +83,7 @@ class Level:
         object.__setattr__(
             self, "view", LevelView(self.module, self.module if self.compiled is None else self.compiled)
         )
-        object.__setattr__(self, "parts", Parts(self.module))
+        object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
 
@@ -138,7 +138,7 @@ class LossCall:
         names = self.levels[self.level].names
         if moves_buffers and self.recorded:
             self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
-        with undone() as undo:
+        with ExitStack() as undo:
             for name in names:
                 level = self.levels[name]
                 if name in values:
@@ -525,7 +525,7 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
     if not differentiable and all(t.dtype in _SINGLE for t in present) and present[0].device.type != "mps":
         small = [t.reshape(-1) for t in present if t.numel() <= _SMALL]
-        pieces = [t for t in present if t.numel() > _SMALL] + ([torch.cat(small).double()] if small else [])
+        pieces = [t for t in present if t.numel() > _SMALL] + ([torch.cat(small)] if small else [])
         lengths = torch._foreach_norm(pieces, 2, dtype=torch.float64)
         if group is not None:
             total = reduced(torch.stack(lengths).square().sum(), "SUM", group).sqrt()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,48 +63,6 @@ class Habits:
         return self.misses.get(level, 0) < _PATIENCE
 
 
-class Parts:
-    """A module as all its parts, and what a call of it may leave behind in them.
-
-    Modules of `torch.nn` leave nothing but what is written into their buffers, unless they have hooks.
-
-    Attributes:
-        module: the module itself.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._all = tuple(module.modules())
-        self._known = [part for part in self._all if type(part).__module__.startswith("torch.nn.modules.")]
-        own = {id(part) for part in self._known}
-        self._others = [part for part in self._all if id(part) not in own]
-        self._buffered = [*self._others, *(part for part in self._known if part._buffers)]
-
-    def are_compiled(self) -> bool:
-        """Whether one is: its graph can then be gone through only once."""
-        return any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in self._all)
-
-    def snapshot(self) -> _Snapshot:
-        """Note what they hold now."""
-        watched = self._others + [p for p in self._known if p._forward_hooks or p._forward_pre_hooks]
-        return _Snapshot([(part, list(vars(part).values())) for part in watched], self._versions())
-
-    def changed(self, before: _Snapshot) -> bool:
-        """Whether they hold other tensors than they did, or one of their buffers has been written into."""
-        return self._versions() != before.versions or not all(
-            _same_tensors(values, part) for part, values in before.attributes
-        )
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(id(b), b._version) for part in self._buffered for b in part._buffers.values() if b is not None]
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    attributes: list[tuple[nn.Module, list[Any]]]
-    versions: list[tuple[int, int]]
-
-
 class Call:
     """One kept call: what it was given, what it returned, and where the generators stood after it.
 
@@ -140,22 +99,22 @@ class Calls:
         """The stand-ins of all outputs, in the order of the calls."""
         return [leaf for call in self.calls for leaf in call.leaves]
 
-    def recorder(self, level: str, parts: Parts) -> Callable[..., Any]:
-        """Return a function that calls a module and keeps the calls that can be kept."""
+    def recorder(self, level: str, parts: Sequence[nn.Module]) -> Callable[..., Any]:
+        """Return a function that calls a module, given as all its parts, and keeps the calls that can be kept."""
         if not self._habits.keeps(level):
-            return parts.module
+            return parts[0]
         return lambda *args, **kwargs: self._record(level, parts, args, kwargs)
 
-    def _record(self, level: str, parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = parts.module
-        keepable = _is_plain((args, kwargs)) and not parts.are_compiled()
+    def _record(self, level: str, parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = parts[0]
+        keepable = _is_plain((args, kwargs)) and not any(map(_is_compiled, parts))
         arguments = self._note((args, kwargs)) if keepable else None
         if arguments is None:
             return module(*args, **kwargs)
-        held = parts.snapshot()
+        attributes, buffers = _attributes(parts), _versions(parts)
         before = generator_states(self._device, only_torch=not self._habits.draws)
         output = module(*args, **kwargs)
-        if not _is_plain(output) or parts.changed(held):
+        if not _is_plain(output) or not _same_tensors(attributes, _attributes(parts)) or buffers != _versions(parts):
             return output  # a loss, or the module's next call, may go on to read what it left there
         if _share_memory((args, kwargs), output):
             return output  # or write through an alias
@@ -256,13 +215,27 @@ class Calls:
         return bool(noted == given)
 
 
-def _same_tensors(before: list[Any], part: nn.Module) -> bool:
-    """Whether a part holds the same tensors as plain attributes as it did."""
-    after = vars(part).values()
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether a part of a module is compiled: its graph can then be gone through only once."""
+    return "_orig_mod" in part._modules or part._compiled_call_impl is not None
+
+
+def _attributes(parts: Sequence[nn.Module]) -> list[Any]:
+    """Return what the parts hold as plain attributes."""
+    return list(chain.from_iterable(vars(part).values() for part in parts))
+
+
+def _same_tensors(before: list[Any], after: list[Any]) -> bool:
+    """Whether the tensors among attributes are the same ones."""
     if len(before) == len(after) and all(map(operator.is_, before, after)):
         return True
     ids = [[id(value) for value in values if isinstance(value, Tensor)] for values in (before, after)]
     return ids[0] == ids[1]
+
+
+def _versions(parts: Sequence[nn.Module]) -> list[tuple[int, int]]:
+    """Return which buffers the parts hold, and how often each has been written into."""
+    return [(id(b), b._version) for part in parts for b in part._buffers.values() if b is not None]
 
 
 def _share_memory(arguments: Any, output: Any) -> bool:

@@ -9,7 +9,7 @@ afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -22,21 +22,7 @@ from mlo.synchronized import SynchronizedBatchNorm
 Tensors = tuple[Tensor, ...]
 """A level's variables, or a cotangent of them: one tensor a parameter, in the order of `named_parameters()`."""
 
-Undo = list[Callable[[], None]]
-"""Collects what puts things back, each entry before what it undoes is done."""
-
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SynchronizedBatchNorm)
-
-
-@contextmanager
-def undone() -> Iterator[Undo]:
-    """Undo what was done within the block, the last first."""
-    undo: Undo = []
-    try:
-        yield undo
-    finally:
-        for put_back in reversed(undo):
-            put_back()
 
 
 class Variables:
@@ -76,9 +62,9 @@ class Variables:
         """Return a tensor of the shape of a variable in the form that the parameter has."""
         return tensor
 
-    def bind(self, tensors: Tensors, undo: Undo) -> None:
-        """Let `tensors` take the place of the parameters until it is undone."""
-        undo.append(self._unbind)
+    def bind(self, tensors: Tensors, undo: ExitStack) -> None:
+        """Let `tensors` take the place of the parameters until `undo` is closed, which puts the module's own back."""
+        undo.callback(self._unbind)
         for container, key, i in self._slots:
             container[key] = tensors[i]
 
@@ -129,8 +115,8 @@ class Buffers:
             self._batch_norms = [m for m in self._batch_norms if m not in reading]
             self._slots += [(m._buffers, key) for m in reading for key in m._buffers]
 
-    def hold(self, undo: Undo, copies: tuple[Tensor | None, ...] | None = None) -> None:
-        """Until it is undone, read the module without moving a buffer, its buffers as in `copies` (default: as now).
+    def hold(self, undo: ExitStack, copies: tuple[Tensor | None, ...] | None = None) -> None:
+        """Until `undo` is closed, let no buffer move; they are as in `copies` (default: as now).
 
         Batch normalization in training mode uses batch statistics with and without running ones; switching the running
         ones off is exact and free, and changes nothing in evaluation mode. All other buffers are replaced by copies.
@@ -144,7 +130,7 @@ class Buffers:
             for (container, key), t in zip(self._slots, kept, strict=True):
                 container[key] = t
 
-        undo.append(release)
+        undo.callback(release)
         for m, _ in switched:  # past nn.Module.__setattr__, which takes long
             m.__dict__["track_running_stats"] = False
         for (container, key), t in zip(self._slots, kept if copies is None else copies, strict=True):

@@ -17,7 +17,7 @@ state) is a constant of the map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -39,7 +39,7 @@ from mlo.autodiff import (
 )
 from mlo.calls import Calls
 from mlo.errors import MloError
-from mlo.levels import Tensors, undone
+from mlo.levels import Tensors
 from mlo.optimizers import OptimizerState, Update, UpdateCotangents
 from mlo.structure import Structure
 
@@ -443,7 +443,7 @@ class Step:
         flat = [t for tensors in inputs.values() for t in tensors]
         own = grads[:count]
         if len(grads) > count and self._kept is not None:
-            with undone() as undo:  # a module that recomputes its activations must not move its buffers
+            with ExitStack() as undo:  # a module that recomputes its activations must not move its buffers
                 for name in {kept.level for kept in self._kept.calls}:
                     self.call.levels[name].buffers.hold(undo)
                 own = add(own, self._kept.pull_back(grads[count:], flat))

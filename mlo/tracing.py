@@ -11,7 +11,6 @@ from torch import Tensor
 from mlo.autodiff import Backend, Level
 from mlo.errors import GraphError
 from mlo.graph import Graph
-from mlo.levels import undone
 from mlo.state import LevelState
 
 
@@ -27,13 +26,11 @@ def trace(
     Raises:
         GraphError: a loss reads a level without an edge, does not read one that it has an edge to, or depends on none.
     """
-    with ExitStack() as stack:
+    with ExitStack() as undo:
         for level in levels.values():
-            stack.enter_context(level.buffers.watched())
-        undo = stack.enter_context(undone())
-        for level in levels.values():
+            undo.enter_context(level.buffers.watched())
             level.buffers.hold(undo)
-            level.variables.bind(level.variables.tensors, undo)
+            level.variables.bind(level.variables.tensors, undo)  # sharded ones are gathered anew by it
         for name, state in states.items():
             accessed: set[str] = set()
             with state.stream.rewound():

@@ -152,16 +152,9 @@ class _AddProducts(torch.autograd.Function):
                 else:
                     before.addcmul_(g, scale)
             if wanted[len(factors) + index]:
-                of_scales[index] = _inner(g, factors[column])
+                of_scales[index] = (g * factors[column]).sum()
         of_sums = [g if begun else None for g, begun in zip(gs, ctx.begun, strict=True)]
         return None, None, *of_sums, *of_factors, *of_scales
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of products, a scalar."""
-    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and is_channels_last(a) and is_channels_last(b):
-        return torch.dot(*(t.permute(0, 2, 3, 1).reshape(-1) for t in (a, b)))
-    return (a * b).sum()
 
 
 class _Concatenate(torch.autograd.Function):
@@ -179,14 +172,26 @@ class _Concatenate(torch.autograd.Function):
 
 
 def pool(module: Any, x: Tensor) -> Tensor:
-    """Return what a pooling module returns; averages of 3 x 3 pixels as sums over those counted."""
-    few = x.device.type == "cpu" and x.shape[1] < _VECTOR and is_channels_last(x)
-    if not few or not isinstance(module, nn.AvgPool2d) or (module.kernel_size, module.padding) != (3, 1):
+    """Return what a pooling module returns.
+
+    Few channels that lie next to each other are averaged by a depthwise convolution on a CPU, where it is faster.
+    """
+    few = x.device.type == "cpu" and 1 < x.shape[1] < _VECTOR and x.stride(1) == 1
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if not (few and exact) or not isinstance(module, nn.AvgPool2d) or _settings(module) not in _AVERAGES:
         return module(x)  # type: ignore[no-any-return]
-    (stride, _) = strides = module.stride if isinstance(module.stride, tuple) else (module.stride, module.stride)
+    stride = _settings(module)[1]
     ones = x.new_ones(x.shape[1], 1, 3, 3)
-    counts = functional.conv2d(x.new_ones(1, 1, *x.shape[2:]), ones[:1], stride=strides, padding=1)
+    counts = functional.conv2d(x.new_ones(1, 1, *x.shape[2:]), ones[:1], stride=(stride, stride), padding=1)
     return depthwise(x, ones, stride) / counts
+
+
+def _settings(pool: nn.AvgPool2d) -> Any:
+    return pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
+
+
+_AVERAGES = [(3, stride, 1, False, False, None) for stride in (1, 2)]
+"""Settings of the averages of 3 x 3 pixels that leave the border out."""
 
 
 def quarter(x: Tensor) -> Tensor:

@@ -66,18 +66,6 @@ class FusedCell(SearchCell):
         self.strides = [shape.stride(source) for source in range(len(self.outgoing))]
         self.fusable = all(type(edge) in (MixedOperation, PartialOperation) for edge in self.edges)
         self._groups = [_groups([self.edges[edge] for edge, _ in out]) for out in self.outgoing] if self.fusable else []
-        # Where the scale of each channel of the convolutions is in the flattened weights, group after group.
-        self._places = [
-            [
-                self.outgoing[source][member][0] * len(primitives[0]) + column
-                for member, column in zip(group.members, group.columns, strict=True)
-                for _ in range(group.channels)
-            ]
-            for source, groups in enumerate(self._groups)
-            for group in groups
-            if group.channels
-        ]
-        self._index: dict[torch.device, Tensor] = {}
         self._norms = [  # where they are, as others may be put in their places
             (owner._modules, name)
             for owner in self.edges.modules()
@@ -103,11 +91,11 @@ class FusedCell(SearchCell):
         nodes: list[Tensor] = self.preprocess(before_last, last)
         if edge_weights is not None:
             weights = weights * edge_weights.unsqueeze(1)
-        count, flat = weights.shape[1], weights.reshape(-1)
-        scalars, scales = flat.unbind(), iter(self._scales(flat))
+        count, scalars = weights.shape[1], weights.reshape(-1).unbind()
         whole = edge_weights.unbind() if edge_weights is not None else None
         sums = [_Sum() for _ in self.incoming]
         statistics = Statistics()
+        scales = iter(self._scales(scalars, count))
         for source, leaving in enumerate(self.outgoing):
             if source >= NUM_INPUTS:
                 nodes.append(sums[source - NUM_INPUTS].node())
@@ -126,43 +114,55 @@ class FusedCell(SearchCell):
         statistics.write()
         return concatenate(nodes[NUM_INPUTS:])
 
-    def _scales(self, weights: Tensor) -> Sequence[Tensor]:
-        """Return the scales of the channels of each group of convolutions, given the flattened weights."""
-        if not self._places:
+    def _scales(self, scalars: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+        """Return the scales of the channels of each group of convolutions, given those of `count` primitives an edge.
+
+        All at once: convolutions have the same channels everywhere in a cell.
+        """
+        groups = [
+            (group, [self.outgoing[source][member][0] for member in group.members])
+            for source, groups in enumerate(self._groups)
+            for group in groups
+            if group.channels
+        ]
+        if not groups:
             return ()
-        if weights.device not in self._index:
-            with torch.inference_mode(False):
-                places = [place for group in self._places for place in group]
-                self._index[weights.device] = torch.tensor(places, device=weights.device)
-        found = weights.index_select(0, self._index[weights.device])
-        return torch.split(found, [len(places) for places in self._places])
+        chosen = [
+            scalars[edge * count + column]
+            for group, edges in groups
+            for edge, column in zip(edges, group.columns, strict=True)
+        ]
+        channels = groups[0][0].channels
+        return torch.split(
+            torch.stack(chosen).repeat_interleave(channels), [len(edges) * channels for _, edges in groups]
+        )
 
 
 class _Group(NamedTuple):
     """Those edges out of a node that have a primitive in common."""
 
+    name: str
     members: tuple[int, ...]
     """Their places among the edges."""
     columns: tuple[int, ...]
     """The place of the primitive among those of each."""
-    modules: tuple[Any, ...]
-    """That compute it."""
     channels: int
     """Of a separable or dilated convolution; 0 for all else."""
 
 
 def _groups(edges: Sequence[Any]) -> list[_Group]:
     """Return the groups of some edges, skip-connections left out."""
-    having: dict[str, list[tuple[int, int, Any]]] = {}
+    having: dict[str, list[tuple[int, int]]] = {}
     for member, edge in enumerate(edges):
-        for name, module in edge.operations.items():
-            if name != "skip_connect":
-                having.setdefault(name, []).append((member, edge.primitives.index(name), module))
+        for column, name in enumerate(edge.primitives):
+            if name not in ("none", "skip_connect"):
+                having.setdefault(name, []).append((member, column))
     found = []
-    for some in having.values():
-        members, columns, modules = zip(*some, strict=True)
-        convolves = not _is_pool(modules[0][0]) and modules[0][2].kernel_size == (1, 1)
-        found.append(_Group(members, columns, modules, modules[0][2].out_channels if convolves else 0))
+    for name, places in having.items():
+        members, columns = zip(*places, strict=True)
+        module = edges[members[0]].operations[name]
+        convolves = not _is_pool(module[0]) and module[2].kernel_size == (1, 1)
+        found.append(_Group(name, members, columns, module[2].out_channels if convolves else 0))
     return found
 
 
@@ -269,15 +269,15 @@ class _Source:
         self._skip(edges)
         for group in groups:
             some = [edges[member] for member in group.members]
+            modules = [edge.operation.operations[group.name] for edge in some]
             if group.channels:
-                self._convolve_in_parts(some, [tuple(module) for module in group.modules], next(scales))
+                self._convolve_in_parts(some, [tuple(module) for module in modules], next(scales))
                 continue
-            if _is_pool(group.modules[0][0]):
-                module = group.modules[0][0]
-                pooled = self.statistics.normalize_alike(pool(module, self.x), [module[1] for module in group.modules])
+            if _is_pool(modules[0][0]):
+                pooled = self.statistics.normalize_alike(pool(modules[0][0], self.x), [module[1] for module in modules])
                 branches = [pooled] * len(some)
             else:
-                branches = [module(self.x) for module in group.modules]
+                branches = [module(self.x) for module in modules]
             self.products += [
                 (edge, branch, edge.row[column])
                 for edge, branch, column in zip(some, branches, group.columns, strict=True)
@@ -335,7 +335,8 @@ class _Source:
                 if isinstance(operation, FactorizedReduce):
                     reducing.append((edge, operation, scale))
                 else:
-                    self.products.append((edge, functional.dropout(self.x, dropout) if dropout else self.x, scale))
+                    kept = functional.dropout(self.x, dropout, operation.training) if dropout else self.x
+                    self.products.append((edge, kept, scale))
         for first in range(0, len(reducing), self.num_grouped):
             self._reduce(reducing[first : first + self.num_grouped])
 

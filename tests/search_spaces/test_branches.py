@@ -14,9 +14,10 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(5, 5), (6, 4), (1, 3)])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels", [2, 16])
+@pytest.mark.parametrize("channels", [1, 2, 16])
 def test_averages_leave_the_border_out(channels, stride, size, layout):
-    x = torch.randn(2, channels, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    """Also of the first channels of more, as in PC-DARTS."""
+    x = torch.randn(2, channels + 2, *size, dtype=torch.float64).to(memory_format=layout)[:, :channels].requires_grad_()
     module = nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
     torch.testing.assert_close(pool(module, x), module(x), rtol=1e-12, atol=1e-12)
     assert gradcheck(lambda x: pool(module, x), x)
@@ -47,15 +48,6 @@ def test_sums_of_products_have_derivatives_of_two_orders(begun):
         torch.testing.assert_close(found, first + right if begun else right)
     assert gradcheck(sums, tensors)
     assert gradgradcheck(sums, tensors)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_of_a_scale_is_right_in_single_precision(layout):
-    x = torch.randn(4, 8, 6, 6).to(memory_format=layout)
-    g, scale = torch.randn_like(x), torch.tensor(0.3, requires_grad=True)
-    (total,) = add_products([None], [x], [scale], [(0, 0)])
-    (found,) = torch.autograd.grad(total, scale, g)
-    torch.testing.assert_close(found.double(), (g.double() * x.double()).sum(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,6 +10,7 @@ from problems.search_spaces import DARTS, Architecture, SearchSpace, Supernet, f
 from problems.search_spaces.cells import CellShape, EdgeState, MixedOperation, SearchCell
 from problems.search_spaces.fused import FusedCell
 from problems.search_spaces.pc_darts import PartialOperation
+from problems.search_spaces.primitives import PRIMITIVES
 
 ODD = SearchSpace.uniform(("none", "conv_7x1_1x7", "sep_conv_7x7", "skip_connect"), num_nodes=2)
 PRUNED = tuple(DARTS.normal[0][shift : shift + 3] for shift in (0, 5, 1, 4, 2))
@@ -110,3 +111,20 @@ def test_edges_of_another_class_and_other_normalizations_take_the_plain_way():
         cell.edges[0].operations["max_pool_3x3"][1] = nn.Identity()
         cell.edges[3].operations["sep_conv_3x3"][3] = nn.BatchNorm2d(4).double()
     assert torch.equal(fast(*inputs, weights), plain(*inputs, weights))
+
+
+def test_what_a_cell_holds_is_used_and_not_what_it_was_built_with():
+    plain, fast = pair(CellShape((4, 4), 4, False, False), DARTS.normal, MixedOperation)
+    for cell in (plain, fast):
+        torch.manual_seed(1)
+        cell.edges[0].operations["sep_conv_3x3"] = PRIMITIVES["sep_conv_3x3"](4, 1, False).double()
+        cell.edges[1] = MixedOperation(DARTS.normal[1], 4, 1).double()
+    inputs = *torch.randn(2, 2, 4, 4, 4).double(), torch.rand(14, 8).double()
+    torch.testing.assert_close(fast(*inputs), plain(*inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_dropped_in_evaluation_mode():
+    """Nor where there is nothing to normalize."""
+    plain, fast = pair(CellShape((4, 4), 4, False, False), (("none", "skip_connect"),) * 5, MixedOperation)
+    inputs = *torch.randn(2, 2, 4, 4, 4).double(), torch.rand(5, 2).double(), None, [EdgeState(skip_dropout=0.5)] * 5
+    torch.testing.assert_close(fast.eval()(*inputs), plain.eval()(*inputs))
