@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo.calls import Calls, Habits
@@ -24,6 +25,7 @@ from mlo.randomness import random_key, seed_generators, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
 
 _AS_IS = nullcontext()
+_RECOMPUTES = "hooks on saved tensors in a nest"
 
 Gradient = tuple[Tensor | None, ...]
 """A gradient as autograd gives it: None where the loss does not depend on the parameter."""
@@ -294,10 +296,14 @@ class LossCall:
         follows: Sequence[str] = (),
         **options: Any,
     ) -> Gradients:
-        """Return what `differentiated` gives."""
+        """Return what `differentiated` gives.
+
+        Raises:
+            MloError: the gradients are to be differentiable, and a module recomputes its activations when they are.
+        """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
         with self.in_force(bound, moves_buffers=moves_buffers):
-            return self._gradients(inputs, wrt, create_graph=create_graph, **options)
+            return self._gradients(inputs, wrt, create_graph=create_graph, outlives=create_graph, **options)
 
     def _bindings(
         self, values: Mapping[str, Tensors], wrt: Sequence[str], follows: Sequence[str], *, create_graph: bool
@@ -343,11 +349,27 @@ class LossCall:
         replay: Calls | None = None,
         only: Collection[str] | None = None,
         scale: float = 1.0,
+        outlives: bool = False,
     ) -> Gradients:
-        """Differentiate with respect to `inputs` with what is in force."""
+        """Differentiate with respect to `inputs` with what is in force.
+
+        Args:
+            inputs: by level.
+            wrt: the levels.
+            create_graph: as for `differentiated`.
+            autocast: for the evaluation.
+            record: the same.
+            replay: the same.
+            only: the same.
+            scale: as for `differentiated`.
+            outlives: whether the gradients will be differentiated when it is no longer in force.
+        """
         in_place = self._is_in_place(create_graph=create_graph)
         record = None if in_place else record  # FSDP frees what a kept graph would go back through
-        output = self.evaluate(autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only)
+        with self._without_recomputation() if outlives else _AS_IS:
+            output = self.evaluate(
+                autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
+            )
         flat = [t for name in wrt for t in inputs.get(name, ())]
         flat += replay.leaves if replay is not None else ()
         grads: Gradient = (None,) * len(flat)
@@ -377,6 +399,22 @@ class LossCall:
         elif group is not None:
             loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
         return Gradients(loss, output.metrics, of, grads[end:])
+
+    @contextmanager
+    def _without_recomputation(self) -> Iterator[None]:
+        """Refuse activation checkpointing within the block: what is recomputed later would find other variables."""
+        try:
+            with disable_saved_tensors_hooks(_RECOMPUTES):
+                yield
+        except RuntimeError as error:
+            if _RECOMPUTES not in str(error):
+                raise
+            raise MloError(
+                f"level {self.level!r}: expected modules that keep their activations, as the level is part of a nest "
+                f"whose gradients are differentiated again; found one that packs or recomputes them "
+                f"(torch.utils.checkpoint, or other hooks on saved tensors). Leave that out, or choose mlo.Penalty(), "
+                f"which takes first derivatives alone."
+            ) from error
 
     def _is_in_place(self, *, create_graph: bool) -> bool:
         """Whether the loss reads a sharded level, which can only be evaluated in place.

@@ -7,7 +7,8 @@ pass finds the module as the first one found it, and leaves no trace.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,23 @@ class Recomputed:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _AsItWas(self._places)
 
-        return checkpoint(self._module, *args, use_reentrant=False, context_fn=contexts)
+        with _hooks_enabled():
+            return checkpoint(self._module, *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _hooks_enabled() -> Iterator[None]:
+    """Let tensors be packed where that is forbidden because most recomputation would find other parameters."""
+    hooks = torch._C._autograd
+    message = hooks._saved_tensors_hooks_get_disabled_error_message()
+    if message is None:
+        yield
+        return
+    hooks._saved_tensors_hooks_enable()
+    try:
+        yield
+    finally:
+        hooks._saved_tensors_hooks_disable(message)
 
 
 _Place = tuple[dict[str, Any], str]

@@ -1,10 +1,14 @@
 """Cases that once went wrong, against the same problem written another way, or against steps really repeated."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mlo
+from problems.search_spaces.recomputation import Recomputed
 
 
 class Vectors(nn.Module):
@@ -428,3 +432,60 @@ def test_sparse_gradients_are_refused():
         mlo.MloError, match=r"level 'low', weight: expected a dense gradient; found one of layout torch.spa"
     ):
         engine.run(1, progress=False)
+
+
+class Rows(nn.Module):
+    """A layer whose call is wrapped in something."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()
+        self._call = wrap(self.layer)
+
+    def forward(self, x):
+        return self._call(x)
+
+
+WRAPPERS = {
+    "nothing": lambda layer: layer,
+    "torch": lambda layer: partial(checkpoint, layer, use_reentrant=False),
+    "ours": Recomputed,
+}
+
+
+def chain_of(wrapper, num_levels):
+    """Each level is fitted to the next one up, and reads all of them."""
+    torch.manual_seed(0)
+    names = [f"level{i}" for i in range(num_levels)]
+    modules = {name: Rows(WRAPPERS[wrapper]) for name in names}
+    x = torch.randn(4, 2, dtype=torch.float64)
+
+    def loss(i):
+        def fit(levels, batch):
+            own, above = (getattr(levels, name)(batch) for name in (names[i], names[(i + 1) % num_levels]))
+            below = getattr(levels, names[0])(batch)
+            return (own - above.square() + below).square().mean()
+
+        return fit
+
+    edges = {(names[(i + 1) % num_levels], names[i]) for i in range(num_levels)}
+    edges |= {(names[0], name) for name in names[1:]}
+    problems = [
+        mlo.Problem(name, modules[name], loss(i), torch.optim.SGD(modules[name].parameters(), lr=0.1), [x],
+                    hypergradient=mlo.Unroll(), steps=2)
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    graph = mlo.Graph(problems, [mlo.Edge(*edge) for edge in sorted(edges)])
+    return mlo.Engine(graph, device="cpu").hypergradient(names[-1])
+
+
+@pytest.mark.parametrize(("wrapper", "num_levels"), [("torch", 2), ("ours", 2), ("ours", 3)])
+def test_recomputed_activations_change_nothing(wrapper, num_levels):
+    found, expected = (chain_of(name, num_levels) for name in (wrapper, "nothing"))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert max(g.abs().max() for g in expected.values()) > 1e-3
+
+
+def test_what_would_be_recomputed_with_other_variables_is_refused():
+    with pytest.raises(mlo.MloError, match=r"'level\d'.*part of a nest.*torch.utils.checkpoint"):
+        chain_of("torch", 3)
