@@ -65,7 +65,7 @@ class FusedCell(SearchCell):
         ]
         self.strides = [shape.stride(source) for source in range(len(self.outgoing))]
         self.fusable = all(type(edge) in (MixedOperation, PartialOperation) for edge in self.edges)
-        self._groups = [_groups([self.edges[edge] for edge, _ in out]) for out in self.outgoing] if self.fusable else []
+        self._groups = [self._groups_of([edge for edge, _ in out]) for out in self.outgoing] if self.fusable else []
         self._norms = [  # where they are, as others may be put in their places
             (owner._modules, name)
             for owner in self.edges.modules()
@@ -119,51 +119,46 @@ class FusedCell(SearchCell):
 
         All at once: convolutions have the same channels everywhere in a cell.
         """
-        groups = [
-            (group, [self.outgoing[source][member][0] for member in group.members])
-            for source, groups in enumerate(self._groups)
-            for group in groups
-            if group.channels
-        ]
+        groups = [group for groups in self._groups for group in groups if group.channels]
         if not groups:
             return ()
         chosen = [
             scalars[edge * count + column]
-            for group, edges in groups
-            for edge, column in zip(edges, group.columns, strict=True)
+            for group in groups
+            for edge, column in zip(group.edges, group.columns, strict=True)
         ]
-        channels = groups[0][0].channels
-        return torch.split(
-            torch.stack(chosen).repeat_interleave(channels), [len(edges) * channels for _, edges in groups]
-        )
+        channels = groups[0].channels
+        sizes = [len(group.edges) * channels for group in groups]
+        return torch.split(torch.stack(chosen).repeat_interleave(channels), sizes)
+
+    def _groups_of(self, leaving: Sequence[int]) -> list[_Group]:
+        """Return the groups of the edges out of a node, skip-connections left out."""
+        having: dict[str, list[tuple[int, int, int]]] = {}
+        for member, edge in enumerate(leaving):
+            for column, name in enumerate(self.edges[edge].primitives):  # type: ignore[arg-type]
+                if name not in ("none", "skip_connect"):
+                    having.setdefault(name, []).append((edge, member, column))
+        found = []
+        for name, places in having.items():
+            edges, members, columns = zip(*places, strict=True)
+            module: Any = self.edges[edges[0]].operations[name]
+            convolves = not _is_pool(module[0]) and module[2].kernel_size == (1, 1)
+            found.append(_Group(name, edges, members, columns, module[2].out_channels if convolves else 0))
+        return found
 
 
 class _Group(NamedTuple):
     """Those edges out of a node that have a primitive in common."""
 
     name: str
+    edges: tuple[int, ...]
+    """Of the cell."""
     members: tuple[int, ...]
-    """Their places among the edges."""
+    """Their places among the edges out of the node."""
     columns: tuple[int, ...]
     """The place of the primitive among those of each."""
     channels: int
     """Of a separable or dilated convolution; 0 for all else."""
-
-
-def _groups(edges: Sequence[Any]) -> list[_Group]:
-    """Return the groups of some edges, skip-connections left out."""
-    having: dict[str, list[tuple[int, int]]] = {}
-    for member, edge in enumerate(edges):
-        for column, name in enumerate(edge.primitives):
-            if name not in ("none", "skip_connect"):
-                having.setdefault(name, []).append((member, column))
-    found = []
-    for name, places in having.items():
-        members, columns = zip(*places, strict=True)
-        module = edges[members[0]].operations[name]
-        convolves = not _is_pool(module[0]) and module[2].kernel_size == (1, 1)
-        found.append(_Group(name, members, columns, module[2].out_channels if convolves else 0))
-    return found
 
 
 def _is_pool(module: nn.Module) -> bool:
