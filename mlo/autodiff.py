@@ -129,25 +129,23 @@ class LossCall:
         """Return the call with some values fixed, whatever values are bound."""
         return replace(self, constants=constants)
 
-    @contextmanager
-    def in_force(self, values: Mapping[str, Tensors], *, moves_buffers: bool = False) -> Iterator[None]:
-        """Bind values of the levels that the loss may read, and hold their buffers still, within the block.
+    def put_in_force(self, values: Mapping[str, Tensors], undo: ExitStack, *, moves_buffers: bool = False) -> None:
+        """Bind values of the levels that the loss may read, and hold their buffers still, until `undo` is closed.
 
         Args:
             values: of the levels whose parameters are to be replaced; the others keep the module's own.
+            undo: puts everything back.
             moves_buffers: whether the level's own buffers may move (in its own step only).
         """
         names = self.levels[self.level].names
         if moves_buffers and self.recorded:
             self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
-        with ExitStack() as undo:
-            for name in names:
-                level = self.levels[name]
-                if name in values:
-                    level.variables.bind(values[name], undo)
-                if not (level.buffers.empty or (moves_buffers and name == self.level)):
-                    level.buffers.hold(undo, self.buffers.get(name))
-            yield
+        for name in names:
+            level = self.levels[name]
+            if name in values:
+                level.variables.bind(values[name], undo)
+            if not (level.buffers.empty or (moves_buffers and name == self.level)):
+                level.buffers.hold(undo, self.buffers.get(name))
 
     def evaluate(
         self,
@@ -240,7 +238,8 @@ class LossCall:
             bound[name] = tensors if attached else tuple(t.detach() for t in tensors)
         views = {name: LevelView(self.levels[name].module, self.levels[name].module) for name in own.reads}
         levels = Levels(self.level, views, self.progress, what="hyperparameters")
-        with self.in_force(bound), torch.set_grad_enabled(create_graph):
+        with ExitStack() as undo, torch.set_grad_enabled(create_graph):
+            self.put_in_force(bound, undo)
             seed_generators(self.key, self.backend.device)
             found = {name: _option(self.level, name, f(levels)) for name, f in own.hyperparameters.items()}
         if accessed is not None:
@@ -283,7 +282,8 @@ class LossCall:
                 factor on the loss, divided out again (for fp16).
         """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
-        with self.in_force(bound, moves_buffers=moves_buffers):
+        with ExitStack() as undo:
+            self.put_in_force(bound, undo, moves_buffers=moves_buffers)
             yield self._gradients(inputs, wrt, create_graph=create_graph, **options)
 
     def gradients(
@@ -302,7 +302,8 @@ class LossCall:
             MloError: the gradients are to be differentiable, and a module recomputes its activations when they are.
         """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
-        with self.in_force(bound, moves_buffers=moves_buffers):
+        with ExitStack() as undo:
+            self.put_in_force(bound, undo, moves_buffers=moves_buffers)
             return self._gradients(inputs, wrt, create_graph=create_graph, outlives=create_graph, **options)
 
     def _bindings(
@@ -563,8 +564,10 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
     if not differentiable and all(t.dtype in _SINGLE for t in present) and present[0].device.type != "mps":
         small = [t.reshape(-1) for t in present if t.numel() <= _SMALL]
-        pieces = [t for t in present if t.numel() > _SMALL] + ([torch.cat(small)] if small else [])
-        lengths = torch._foreach_norm(pieces, 2, dtype=torch.float64)
+        large = [t for t in present if t.numel() > _SMALL]
+        lengths = list(torch._foreach_norm(large, 2, dtype=torch.float64)) if large else []
+        if small:
+            lengths.append(torch.linalg.vector_norm(torch.cat(small), dtype=torch.float64))
         if group is not None:
             total = reduced(torch.stack(lengths).square().sum(), "SUM", group).sqrt()
         else:

@@ -210,10 +210,11 @@ class Update:
         buckets: list[_Bucket] = []
         state: list[dict[str, Tensor]] = [{} for _ in parameters]
         for group in optimizer.param_groups:
-            options = {key: value for key, value in group.items() if key != "params"}
-            for key, value in options.items():
-                if isinstance(value, Tensor):  # a scheduler may write into it
-                    options[key] = value.detach().clone()
+            options = {  # a scheduler may write into tensors
+                key: value.detach().clone() if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key != "params"
+            }
             by_kind: dict[tuple[Any, ...], list[int]] = {}
             for p in group["params"]:
                 i = index.get(id(p))

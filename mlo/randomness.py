@@ -44,9 +44,9 @@ def were_drawn_from(key: int) -> bool:
 
     To read their states takes ten times as long; but they have to be seeded again afterwards.
     """
-    found = (random.getrandbits(64), np.random.bytes(8))  # noqa: NPY002
+    found = (random.random(), np.random.random())  # noqa: NPY002
     _seed_python_and_numpy(key)
-    return found != (random.getrandbits(64), np.random.bytes(8))  # noqa: NPY002
+    return found != (random.random(), np.random.random())  # noqa: NPY002
 
 
 class GeneratorStates:

@@ -201,7 +201,7 @@ class Stream:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors in (nested) tuples, lists and dictionaries to a device; leave everything else as it is."""
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(batch, lambda t: t if t.device == device else t.to(device, non_blocking=True))
 
 
 def _generators(data: Any) -> list[torch.Generator]:
