@@ -90,7 +90,7 @@ def test_flash_attention(estimator):
     def attend(backend):
         def function(x):
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(*(x[:, None],) * 3)[:, 0].tanh()
+                return scaled_dot_product_attention(*(x[None, :, None],) * 3)[0, :, 0].tanh()
 
         return function
 
