@@ -62,7 +62,7 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         ctx.how = how
         (stride, dilation), padding = how, _padding(w.shape, how)
-        return functional.conv2d(x, w, stride=stride, padding=padding, dilation=dilation, groups=len(w))
+        return functional.conv2d(x, w, stride=stride, padding=padding, dilation=dilation, groups=w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -149,14 +149,14 @@ def _pullback(
     found_x = found_w = None
     if x.device.type == "cpu":  # there oneDNN is faster at what PyTorch does not ask it for
         if of_x and stride == 1:
-            found_x = functional.conv2d(g, w.flip(2, 3), padding=padding, dilation=dilation, groups=len(w))
+            found_x = functional.conv2d(g, w.flip(2, 3), padding=padding, dilation=dilation, groups=w.shape[0])
             of_x = False
         if of_w and dilation == 1 and w.shape[-1] > _COLUMNS and x.dtype == torch.float32 and is_channels_last(x):
             found_w = _correlate_by_columns(x, g, w.shape[-1], stride)
             of_w = False
     if of_x or of_w:
         found = torch.ops.aten.convolution_backward(
-            g, x, w, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], len(w), [of_x, of_w, False]
+            g, x, w, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], w.shape[0], [of_x, of_w, False]
         )
         found_x, found_w = found[0] if of_x else found_x, found[1] if of_w else found_w
     return found_x, found_w
