@@ -178,15 +178,16 @@ def pool(module: Any, x: Tensor) -> Tensor:
     """
     few = x.device.type == "cpu" and 1 < x.shape[1] < _VECTOR and x.stride(1) == 1
     exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    if not (few and exact) or not isinstance(module, nn.AvgPool2d) or _settings(module) not in _AVERAGES:
+    if not (few and exact) or not isinstance(module, nn.AvgPool2d) or settings_of(module) not in _AVERAGES:
         return module(x)  # type: ignore[no-any-return]
-    stride = _settings(module)[1]
+    stride = settings_of(module)[1]
     ones = x.new_ones(x.shape[1], 1, 3, 3)
     counts = functional.conv2d(x.new_ones(1, 1, *x.shape[2:]), ones[:1], stride=(stride, stride), padding=1)
     return depthwise(x, ones, stride) / counts
 
 
-def _settings(pool: nn.AvgPool2d) -> Any:
+def settings_of(pool: nn.AvgPool2d) -> Any:
+    """Return all that an average depends on; not all of it is part of the text of the module."""
     return pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
 
 

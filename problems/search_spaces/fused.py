@@ -13,8 +13,9 @@
 - Sums are formed in place, and nothing is computed for `none`; branches that run as one are added up side by side, and
   taken apart once for all primitives.
 
-Where there is less to share it does what `SearchCell` does: in evaluation mode, with sampled edges, and with edges or
-normalizations of other classes.
+Where there is less to share it does what `SearchCell` does: in evaluation mode, with sampled edges, with edges of other
+classes or modules of other settings than it was built with, and where modules have hooks (those of normalizations are
+not called).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from problems.search_spaces.branches import (
     join,
     pool,
     quarter,
+    settings_of,
 )
 from problems.search_spaces.cells import PLAIN, CellPrimitives, CellShape, EdgeOperation, MixedOperation, SearchCell
 from problems.search_spaces.depthwise import depthwise, is_channels_last
@@ -64,14 +66,34 @@ class FusedCell(SearchCell):
             for source in range(NUM_INPUTS + len(self.incoming) - 1)
         ]
         self.strides = [shape.stride(source) for source in range(len(self.outgoing))]
-        self.fusable = all(type(edge) in (MixedOperation, PartialOperation) for edge in self.edges)
+        self._built = self._settings()
+        self._look_over()
+
+    def _settings(self) -> list[Any]:
+        """Return what the edges consist of, or nothing where one is of another class."""
+        edges: list[Any] = list(self.edges)
+        if not all(type(edge) in (MixedOperation, PartialOperation) for edge in edges):
+            return []
+        averages = [[settings_of(part) for part in edge.modules() if isinstance(part, nn.AvgPool2d)] for edge in edges]
+        return [(edge.primitives, str(edge), own) for edge, own in zip(edges, averages, strict=True)]
+
+    def _look_over(self) -> None:
+        """Find out whether the edges can be computed together, and how; anew whenever a module has been replaced."""
+        owners = list(self.edges.modules())
+        self._parts: list[tuple[Any, str, Any]] = [(self._modules, "edges", self.edges)]
+        self._parts += [(owner._modules, name, part) for owner in owners for name, part in owner._modules.items()]
+        normalizing = nn.modules.batchnorm._BatchNorm
+        self._norms = [part for _, _, part in self._parts if isinstance(part, normalizing)]
+        self._hooks = [  # not those of normalizations
+            hooks
+            for owner in owners
+            if not isinstance(owner, normalizing)
+            for hooks in (
+                owner._forward_hooks, owner._forward_pre_hooks, owner._backward_hooks, owner._backward_pre_hooks,
+            )
+        ]  # fmt: skip
+        self.fusable = bool(self._built) and self._settings() == self._built
         self._groups = [self._groups_of([edge for edge, _ in out]) for out in self.outgoing] if self.fusable else []
-        self._norms = [  # where they are, as others may be put in their places
-            (owner._modules, name)
-            for owner in self.edges.modules()
-            for name, part in owner._modules.items()
-            if isinstance(part, nn.modules.batchnorm._BatchNorm)
-        ]
 
     # Under torch.compile: a graph for each number of edges and each layout would take long to make, and gain nothing.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -84,10 +106,15 @@ class FusedCell(SearchCell):
         states: Any = None,
     ) -> Tensor:
         """As `SearchCell.forward`."""
-        norms = [container[name] for container, name in self._norms]
+        if any(container.get(name) is not part for container, name, part in self._parts):
+            self._look_over()
         sampled = states is not None and any(state.chosen is not None for state in states)
-        if sampled or not self.fusable or not are_alike(norms):
+        if sampled or not self.fusable or any(self._hooks) or not are_alike(self._norms):
             return super().forward(before_last, last, weights, edge_weights, states)
+        running_mean = self._norms[0].running_mean if self._norms else None
+        if running_mean is not None:  # scales are of the same numbers
+            dtype = running_mean.dtype
+            weights, edge_weights = weights.to(dtype), None if edge_weights is None else edge_weights.to(dtype)
         nodes: list[Tensor] = self.preprocess(before_last, last)
         if edge_weights is not None:
             weights = weights * edge_weights.unsqueeze(1)

@@ -45,6 +45,8 @@ class PartialOperation(MixedOperation):
         count = x.shape[1] // self.k
         operated = super().forward(x[:, :count], weights, state)
         passing = x[:, count:]
+        if self.k == 1:
+            return operated
         if self.stride == 2:
             passing = functional.max_pool2d(passing, 2, ceil_mode=True)
         return shuffle_channels(torch.cat((operated, passing), dim=1), self.k)

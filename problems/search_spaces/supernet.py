@@ -170,7 +170,7 @@ class Supernet(nn.Module):
             cell(shape, space.reduce if shape.is_reduction else space.normal, build_edge) for shape in shapes
         )
         self.classifier = nn.Linear(out_channels, num_classes)
-        self._called: list[Callable[..., Tensor]] = [Recomputed(cell) if checkpointing else cell for cell in self.cells]
+        self.checkpointing = checkpointing
 
     def forward(self, x: Tensor, weights: CellWeights) -> Tensor:
         """Classify images.
@@ -190,7 +190,8 @@ class Supernet(nn.Module):
             raise ValueError("the relaxation weights an auxiliary skip-connection: expected auxiliary_skip=True")
         normal_states, reduce_states = _edge_states(weights)
         before_last, last = self.stem(x)
-        for cell, is_reduction in zip(self._called, self.reductions, strict=True):
+        for module, is_reduction in zip(self.cells, self.reductions, strict=True):
+            cell = Recomputed(module) if self.checkpointing else module
             if is_reduction:
                 output = cell(before_last, last, weights.reduce, weights.reduce_edges, reduce_states)
             else:

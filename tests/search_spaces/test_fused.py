@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from problems.search_spaces import DARTS, Architecture, SearchSpace, Supernet, fused
 from problems.search_spaces.cells import CellShape, EdgeState, MixedOperation, SearchCell
@@ -121,6 +122,64 @@ def test_what_a_cell_holds_is_used_and_not_what_it_was_built_with():
         cell.edges[1] = MixedOperation(DARTS.normal[1], 4, 1).double()
     inputs = *torch.randn(2, 2, 4, 4, 4).double(), torch.rand(14, 8).double()
     torch.testing.assert_close(fast(*inputs), plain(*inputs), rtol=1e-9, atol=1e-9)
+
+
+def _other(name, index, module):
+    def change(cell):
+        cell.edges[0].operations[name][index] = module()
+
+    return change
+
+
+def _new_edges(cell):
+    cell.edges = nn.ModuleList(MixedOperation(DARTS.normal[0], 4, 1) for _ in range(14)).double()
+
+
+def _another_order(cell):
+    cell.edges[1] = MixedOperation(DARTS.normal[1][::-1], 4, 1).double()
+
+
+def _hook(cell):
+    cell.edges[0].operations["sep_conv_3x3"].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _pruned(cell):
+    conv = prune.random_unstructured(cell.edges[0].operations["sep_conv_3x3"][1], "weight", 0.5)
+    conv.weight_orig.data.mul_(3)  # the weight is made of it when the convolution is called
+
+
+CHANGES = {
+    "ReLU": _other("sep_conv_3x3", 0, lambda: nn.LeakyReLU(0.3)),
+    "padding": _other("dil_conv_3x3", 1, lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False,
+                                                           padding_mode="reflect").double()),
+    "bias": _other("sep_conv_3x3", 2, lambda: nn.Conv2d(4, 4, 1).double()),
+    "average": _other("avg_pool_3x3", 0, lambda: nn.AvgPool2d(3, 1, 1)),
+    "new edges": _new_edges,
+    "order": _another_order,
+    "hook": _hook,
+    "pruned": _pruned,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_modules_do_what_they_do_in_the_plain_cell(change, training):
+    plain, fast = pair(CellShape((4, 4), 4, False, False), DARTS.normal, MixedOperation)
+    inputs = *torch.randn(2, 2, 4, 6, 6).double(), torch.rand(14, 8).double()
+    fast(*inputs)
+    for cell in (plain, fast):
+        torch.manual_seed(1)
+        CHANGES[change](cell)
+        cell.train(training)
+    fast.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fast(*inputs), plain(*inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_another_dtype():
+    plain, fast = (cell.float() for cell in pair(CellShape((4, 4), 4, False, False), DARTS.normal, MixedOperation))
+    inputs = *torch.randn(2, 2, 4, 6, 6), torch.rand(14, 8, dtype=torch.float64), torch.rand(14, dtype=torch.float64)
+    assert fast(*inputs).dtype == torch.float32
+    torch.testing.assert_close(fast(*inputs), plain(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_dropped_in_evaluation_mode():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from problems.search_spaces import Architecture, SearchSpace, Supernet
+from problems.search_spaces.cells import MixedOperation
 from problems.search_spaces.pc_darts import PartialOperation, shuffle_channels
 
 SPACE = SearchSpace.uniform(("none", "skip_connect", "sep_conv_3x3"), num_nodes=2)
@@ -87,3 +88,11 @@ def test_second_derivatives_reach_beta():
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
     (mixed,) = torch.autograd.grad(gradient.square().sum(), architecture.normal_beta)
     assert mixed.abs().sum() > 0
+
+
+def test_all_channels_may_be_operated_on():
+    torch.manual_seed(0)
+    plain, partial_ = MixedOperation(SPACE.normal[0], 4, 2), PartialOperation(SPACE.normal[0], 4, 2, k=1)
+    partial_.load_state_dict(plain.state_dict())
+    x, weights = torch.randn(2, 4, 6, 6), torch.rand(len(SPACE.normal[0]))
+    assert torch.equal(partial_(x, weights), plain(x, weights))

@@ -158,3 +158,13 @@ def test_autocast():
     assert logits.dtype == torch.bfloat16
     gradients = torch.autograd.grad(logits.float().sum(), list(architecture.parameters()))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_cell_may_be_replaced(checkpointing):
+    torch.manual_seed(0)
+    first, second = (Supernet(4, 4, 3, 1, checkpointing=checkpointing).double() for _ in range(2))
+    x, weights = torch.randn(3, 1, 8, 8).double(), Architecture().double()()
+    second.load_state_dict(first.state_dict() | {k: v for k, v in second.state_dict().items() if "cells.1." in k})
+    first.cells[1] = second.cells[1]
+    assert torch.equal(first(x, weights), second(x, weights))
