@@ -105,7 +105,7 @@ class LossCall:
         buffers: those, written down when the step is taken; until then buffers are read as they are.
         constants: values of levels read through detached edges, in force whatever values are bound.
         objective: a function to differentiate in the place of the level's loss.
-        reads: by the place of a term in the loss, the levels that it was seen to read.
+        reads: by the place of a term in the loss, the levels that it was seen to read: all, if it moves buffers.
     """
 
     level: str
@@ -197,12 +197,18 @@ class LossCall:
             for index, term in enumerate(terms):
                 if only is not None and index in self.reads and self.reads[index].isdisjoint(only):
                     continue
+                for calls in (record, replay):
+                    if calls is not None:
+                        calls.term = index
                 key = random_key(self.key, rank, index) if rank or index else self.key
                 seed_generators(key, backend.device)
                 levels = Levels(self.level, views, self.progress)
+                before = self._versions() if index + 1 < len(terms) else None
                 results.append(checked_output(self.level, term(levels, self.batch)))
                 if self.objective is None:
                     self.reads[index] = levels._accessed
+                    if before is not None and before != self._versions():  # which the following terms may go by
+                        self.reads[index] = set(own.names)
                 if (
                     (accessed is not None or (record is not None and record.calls))
                     and not own.habits.draws
@@ -214,6 +220,10 @@ class LossCall:
                 if accessed is not None:
                     accessed |= levels._accessed
         return Sum.of(results or [torch.zeros((), device=backend.device)])
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return how often each buffer that the loss may go by has been written into."""
+        return [version for name in self.levels[self.level].names for version in self.levels[name].buffers.versions()]
 
     def hyperparameters(
         self, values: Mapping[str, Tensors], *, create_graph: bool = False, accessed: set[str] | None = None

@@ -67,12 +67,14 @@ class Call:
     """One kept call: what it was given, what it returned, and where the generators stood after it.
 
     Attributes:
+        term: the place of the term of the loss that made it; each has random draws of its own.
         graph_outputs: the tensors of the output that require a gradient.
         leaves: their stand-ins in later evaluations.
     """
 
-    def __init__(self, level: str, arguments: Any, output: Any, states: GeneratorStates | None) -> None:
+    def __init__(self, level: str, term: int, arguments: Any, output: Any, states: GeneratorStates | None) -> None:
         self.level = level
+        self.term = term
         self.arguments = arguments
         self.output = output
         self.states = states
@@ -86,10 +88,15 @@ class Calls:
     Args:
         device: whose random generator the calls may draw from.
         habits: of the loss, brought up to date.
+
+    Attributes:
+        calls: those kept, in their order.
+        term: the place of the term of the loss that is being evaluated.
     """
 
     def __init__(self, device: torch.device, habits: Habits) -> None:
         self.calls: list[Call] = []
+        self.term = 0
         self._device = device
         self._habits = habits
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
@@ -119,7 +126,7 @@ class Calls:
         if _share_memory((args, kwargs), output):
             return output  # or write through an alias
         after = generator_states(self._device, only_torch=not self._habits.draws)
-        self.calls.append(Call(level, arguments, output, None if before == after else after))
+        self.calls.append(Call(level, self.term, arguments, output, None if before == after else after))
         return self._hand_out(len(self.calls) - 1, lambda output, _: output.clone())
 
     def player(self, level: str, module: nn.Module, used: set[int]) -> Callable[..., Any]:
@@ -133,7 +140,8 @@ class Calls:
 
         def play(*args: Any, **kwargs: Any) -> Any:
             for index, call in enumerate(self.calls):
-                if call.level == level and index not in used and self._same(call.arguments, (args, kwargs)):
+                possible = (call.level, call.term) == (level, self.term) and index not in used
+                if possible and self._same(call.arguments, (args, kwargs)):
                     used.add(index)
                     self._habits.misses[level] = 0
                     if call.states is not None:

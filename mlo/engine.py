@@ -446,7 +446,7 @@ class Engine:
     ) -> tuple[Gradients, Step | None]:
         state = self._states[name]
         world = self._world()
-        call = self._next_call(name, world, recorded=recorded)
+        call = self._next_call(name, world, recorded=recorded or diagnosed)
         habits = self._levels[name].habits
         reuses = reuses and self._backend.autocast is None and len(call.parts) == 1  # products are in full precision
         reuses = reuses and any(habits.keeps(q) for q in self.graph.structure.reads[name])
@@ -495,7 +495,8 @@ class Engine:
                 self._approach(name, self.graph.structure.members[q])
                 return
             self._take_steps(q)
-            self._solve(q, repeatable=False)
+            if q not in self.graph.structure.tops:
+                self._solve(q, repeatable=False)
 
     def _check_level(self, name: str, settings: Settings) -> LevelCheck:
         """Sweep once, and play the same solve again and again."""
@@ -510,7 +511,7 @@ class Engine:
                 self._journal = journal.copy()
                 script.rewind()
                 self._solve(name, repeatable=False)
-                return float(script.next_call().gradients(values_of(self._world()), ()).loss)
+                return float(script.next_call().gradients(values_of(self._world()), [name]).loss)
 
             try:
                 solve = self._solve(name, repeatable=False)

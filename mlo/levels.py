@@ -97,6 +97,10 @@ class Buffers:
         """
         return tuple(t.clone() if t is not None else None for t in (container[key] for container, key in self._slots))
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Return which buffers there are, and how often each was written into, those of batch statistics left out."""
+        return [(id(t), t._version) for t in (container[key] for container, key in self._slots) if t is not None]
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Find out which batch normalizations are called in evaluation mode, and treat those as all other buffers."""

@@ -117,7 +117,7 @@ class Stream:
         state: dict[str, Any] = {
             "epoch": self.position.epoch,
             "index": self.position.index,
-            "generators": list(self.position.generators),
+            "generators": list(self._generator_states()),
         }
         if isinstance(self._data, Stateful):
             pending = bool(self._pending)
@@ -137,7 +137,7 @@ class Stream:
                 self._iterator = iter(self._data)
             skip = state["skip"]
         else:
-            self._drawn = Position(position.epoch, 0, position.generators)
+            self._drawn = Position(position.epoch, 0, position.generators)  # with which the epoch begins
             skip = position.index
             if skip:
                 self._begin(position.epoch, position.generators)
@@ -150,7 +150,7 @@ class Stream:
         restarted = False
         while True:
             if self._iterator is None:
-                self._begin(self._drawn.epoch, None)
+                self._begin(self._drawn.epoch, self._drawn.generators)
             assert self._iterator is not None
             if type(self._data) not in (list, tuple):  # which draw nothing
                 seed_generators(self._key("batch", self._drawn.index), self._device)
@@ -170,11 +170,19 @@ class Stream:
             self._drawn = Position(self._drawn.epoch, self._drawn.index + 1, self._drawn.generators)
             return self._drawn, to_device(batch, self._device)
 
-    def _begin(self, epoch: int, states: tuple[Tensor, ...] | None) -> None:
+    def _generator_states(self) -> tuple[Tensor, ...]:
+        """Return where the data's own generators stood when the epoch began, or where they stand if none has begun."""
+        if self.position.generators:
+            return self.position.generators
+        if self._pending:
+            return self._pending[0][0].generators
+        return self._drawn.generators or tuple(g.get_state() for g in _generators(self._data))
+
+    def _begin(self, epoch: int, states: tuple[Tensor, ...]) -> None:
         """Begin an epoch, with the data's own generators as they are, or as they were when it was begun before."""
         assert self._data is not None
         generators = _generators(self._data)
-        for generator, state in zip(generators, states or (), strict=False):
+        for generator, state in zip(generators, states, strict=False):
             generator.set_state(state)
         self._drawn = Position(epoch, 0, tuple(g.get_state() for g in generators))
         seed_generators(self._key("epoch", 0), self._device)

@@ -221,6 +221,8 @@ class Step:
             cotangents: by option; none give an empty result.
             targets: levels whose cotangents are wanted.
         """
+        attached = self.call.levels[self.level].attached  # in a nest other targets are read by levels inside this one
+        targets = [q for q in targets if q in attached]
         if not cotangents or not targets:
             return {}
         values = values_of(self.world)

@@ -437,3 +437,24 @@ def test_a_nest_without_second_derivatives_is_checked_without_them():
     found = draw_graph(0, 3, nested=True).engine(mlo.Penalty(steps=20)).check("level2", progress=False)
     assert not found.levels[0].asymmetries
     assert found.levels[0].verdict == "approximate"
+
+
+def filtered(levels, batch):
+    return (levels.low.w**2).sum() + sum((p**2).sum() for p in levels.up.parameters() if p.requires_grad)
+
+
+def penalized(levels, batch):
+    own = levels.up.w
+    (gradient,) = torch.autograd.grad((own**3).sum() + (levels.low.w * own).sum(), [own], create_graph=True)
+    return (levels.low.w**2).sum() + gradient.square().sum()
+
+
+def hooked(levels, batch):
+    twice = levels.up.w * 2
+    twice.register_hook(lambda g: g)
+    return (levels.low.w**2).sum() + twice.square().sum()
+
+
+@pytest.mark.parametrize("upper", [filtered, penalized, hooked])
+def test_a_loss_may_go_by_its_own_variables_requiring_a_gradient(upper):
+    assert only(bilevel(mlo.Unroll(), upper=upper).check(directions=3, progress=False)).error < 1e-6

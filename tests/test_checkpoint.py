@@ -96,6 +96,21 @@ def test_data_with_a_state_of_its_own_resumes_exactly(tmp_path, make, queried):
     assert_same_state(state_of(second), state_of(whole))
 
 
+@pytest.mark.parametrize("queried", [False, True])
+def test_going_back_to_before_the_first_batch(tmp_path, queried):
+    engine = one_level(own_generator())
+    if queried:
+        engine.hypergradient("w")
+    start = state_of(engine)
+    engine.save(tmp_path / "a.pt")
+    engine.run(5, progress=False)
+    end = state_of(engine)
+    engine.load(tmp_path / "a.pt")
+    assert_same_state(state_of(engine), start)
+    engine.run(5, progress=False)
+    assert_same_state(state_of(engine), end)
+
+
 @pytest.mark.parametrize(
     ("data", "found"),
     [

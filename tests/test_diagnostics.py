@@ -146,3 +146,30 @@ def test_a_step_that_fp16_skips_is_not_the_last_one_taken(estimator):
     before, plain = weights()
     assert not torch.equal(before, plain)
     assert torch.equal(plain, weights(diagnostics_every=1)[1])
+
+
+def test_buffers_are_as_the_step_finds_them():
+    class Centred(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean.lerp_(x.mean(0), 0.3)
+            return self.net(x - self.mean).tanh()
+
+    torch.manual_seed(0)
+    low, up, x = torch.nn.Linear(3, 3).double(), Centred().double(), torch.randn(5, 3, dtype=torch.float64) + 2
+
+    def problem(name, module, loss, **options):
+        return mlo.Problem(name, module, loss, torch.optim.SGD(module.parameters(), lr=0.1), [x], **options)
+
+    levels = [
+        problem("low", low, lambda levels, batch: (levels.up(batch) - levels.low(batch)).square().mean(),
+                hypergradient=mlo.Unroll(), steps=2),
+        problem("up", up, lambda levels, batch: (levels.up(batch) * levels.low(batch) - 1).square().mean()),
+    ]  # fmt: skip
+    edges = [mlo.Edge("up", "low"), mlo.Edge("low", "up")]
+    (metrics,) = played(mlo.Engine(mlo.Graph(levels, edges), device="cpu", diagnostics_every=1))
+    assert metrics["up.hypergradient_error"] < 1e-12

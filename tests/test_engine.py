@@ -534,3 +534,29 @@ def test_only_a_top_level_can_have_a_warm_up():
         mlo.Graph(problems, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")])
     with pytest.raises(mlo.GraphError, match="warmup_rounds must be a whole number of at least 0; found -1"):
         mlo.Problem("lower", lower, loss, torch.optim.SGD(lower.parameters(), lr=0.1), None, warmup_rounds=-1)
+
+
+def test_a_query_of_a_later_top_level_is_what_its_next_step_uses():
+    """An earlier one, with a level inside it, has stepped by then; what is inside is not solved again."""
+
+    class Vector(nn.Module):
+        def __init__(self, *values):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+    modules = {"a": Vector(0.3, -0.2), "b": Vector(1.0, 0.5), "c": Vector(0.7, 0.1)}
+    losses = {
+        "a": lambda levels, batch: (levels.a.w - levels.b.w).square().sum(),
+        "b": lambda levels, batch: (levels.a.w - 2).square().sum() + levels.b.w.square().sum(),
+        "c": lambda levels, batch: levels.c.w @ levels.a.w + levels.c.w.square().sum(),
+    }
+    levels = [
+        mlo.Problem(name, modules[name], loss, torch.optim.SGD(modules[name].parameters(), lr=0.1), None,
+                    steps=2 if name == "a" else 1)
+        for name, loss in losses.items()
+    ]  # fmt: skip
+    edges = [mlo.Edge("b", "a"), mlo.Edge("a", "b"), mlo.Edge("a", "c")]
+    engine = mlo.Engine(mlo.Graph(levels, edges), device="cpu")
+    gradient, before = engine.hypergradient("c")["w"], modules["c"].w.detach().clone()
+    engine.run(1, progress=False)
+    torch.testing.assert_close((before - modules["c"].w.detach()) / 0.1, gradient, rtol=1e-12, atol=1e-12)

@@ -110,3 +110,49 @@ def test_metrics_keep_no_graph():
     assert kept.loss.requires_grad
     assert not kept.metrics["same"].requires_grad
     assert kept.metrics["number"] == 1.0
+
+
+class Centred(nn.Module):
+    """Takes a running mean of its inputs away, which each call moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.mean.lerp_(x.mean(0), 0.3)
+        return self.net(x - self.mean).tanh()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("estimator", [mlo.Unroll(), mlo.FiniteDifference(radius=1e-4, last=None)], ids=repr)
+@pytest.mark.parametrize("what", ["buffers", "kept calls"])
+def test_terms_left_out_matter_to_no_other_term(what, estimator, steps):
+    """Neither by the buffers that they move, nor by calls of theirs that are equal to another term's but for the draws.
+
+    The first term does not read the upper level.
+    """
+    torch.manual_seed(0)
+    low = Centred().double() if what == "buffers" else nn.Linear(3, 3).double()
+    aux = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).double()
+    up = nn.Linear(3, 1).double()
+    x = torch.randn(5, 3, dtype=torch.float64) + 2
+
+    def first(levels, batch):
+        return (levels.low(batch) - levels.aux(batch)).square().mean()
+
+    def second(levels, batch):
+        return ((levels.low(batch + 1) - levels.aux(batch)) * levels.up.weight).square().mean()
+
+    def problem(name, module, loss, **options):
+        return mlo.Problem(name, module, loss, torch.optim.SGD(module.parameters(), lr=0.2), [x], **options)
+
+    levels = [
+        problem("aux", aux, lambda levels, batch: levels.aux(batch).square().mean()),
+        problem("low", low, mlo.Sum(first, second), hypergradient=estimator, steps=steps),
+        problem("up", up, lambda levels, batch: (levels.low(batch) - 1).square().mean()),
+    ]
+    edges = [mlo.Edge("aux", "low"), mlo.Edge("up", "low"), mlo.Edge("low", "up")]
+    (level,) = mlo.Engine(mlo.Graph(levels, edges), device="cpu").check("up", directions=4, progress=False).levels
+    assert level.error < 1e-6

@@ -219,3 +219,27 @@ def test_a_check_computes_them_in_double_precision():
     graph = mlo.Graph(problems, [mlo.Edge("layer", "lower"), mlo.Edge("lower", "layer")])
     found = mlo.Engine(graph, device="cpu").check(progress=False)
     assert found.levels[0].verdict == "exact", found
+
+
+def test_what_is_read_through_a_detached_edge_is_a_constant_in_a_nest():
+    """Although a level inside is attached to it."""
+
+    def hypergradient(detach):
+        a, b, c = Vector([0.3, -0.2]), Vector([0.5, 0.4]), Vector([-2.0, 0.3])
+
+        def problem(name, module, loss, **options):
+            sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+            return mlo.Problem(name, module, loss, sgd, None, hypergradient=mlo.Unroll(), **options)
+
+        rate = {"lr": lambda levels: (levels.c.w.detach() if detach else levels.c.w)[0].exp()}
+        levels = [
+            problem("a", a, lambda levels, batch: (levels.a.w - levels.b.w - levels.c.w).square().sum(), steps=2),
+            problem("b", b, lambda levels, batch: (levels.b.w - 1).square().sum() + levels.a.w.square().sum(), steps=2,
+                    hyperparameters=rate),
+            problem("c", c, lambda levels, batch: (levels.a.w - levels.b.w).square().sum()),
+        ]  # fmt: skip
+        pairs = [("b", "a"), ("a", "b"), ("c", "a"), ("a", "c"), ("b", "c")]
+        edges = [*(mlo.Edge(*pair) for pair in pairs), mlo.Edge("c", "b", detached=True)]
+        return mlo.Engine(mlo.Graph(levels, edges), device="cpu").hypergradient("c")["w"]
+
+    torch.testing.assert_close(hypergradient(detach=False), hypergradient(detach=True), rtol=1e-12, atol=0)
