@@ -37,12 +37,12 @@ from mlo.devices import find_device
 from mlo.distributed import from_first, whole_world
 from mlo.drawing import describe_graph, draw_graph
 from mlo.engine import Engine
-from mlo.errors import MloError, RecipeError
+from mlo.errors import InteropError, MloError, RecipeError
 from mlo.files import alone
 from mlo.graph import Graph
 from mlo.launching import joined, start_processes
 from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
-from mlo.runs import Experiment, Interrupted, Run, check_engine, resume
+from mlo.runs import Experiment, Interrupted, Run, check_engine, recipe_name, resume
 from mlo.version import __version__
 
 
@@ -232,7 +232,10 @@ def check(*, recipe: str, overrides: tuple[str, ...], directions: int, seed: int
     device = loaded.device
     if device == "auto" and find_device(device, []).type == "mps":
         device = "cpu"  # for its float64
-    engine = Engine(_experiment(loaded).graph(), seed=loaded.seed, device=device, rollback=loaded.rollback)
+    if loaded.engine != "mlo":
+        raise InteropError(f"engine: expected 'mlo', whose hypergradients are checked; found {loaded.engine!r}")
+    graph = _checked_graph(loaded, _experiment(loaded))
+    engine = Engine(graph, seed=loaded.seed, device=device, rollback=loaded.rollback)
     found = engine.check(level, directions=directions, seed=loaded.seed)
     click.echo(str(found))
     sys.exit(0 if found.passed else 1)
@@ -272,7 +275,7 @@ def sweep(
     """  # noqa: D301
     campaign = Campaign(
         recipe=recipe,
-        name=_name(recipe),
+        name=recipe_name(recipe),
         settings=overrides,
         varied=tuple(parse_varied(text) for text in vary),
         seeds=parse_seeds(seeds),
@@ -332,10 +335,6 @@ def _summarize(outcomes: Mapping[str, Outcome]) -> bool:
     return any(found.status in (Status.FAILED, Status.INTERRUPTED) for found in outcomes.values())
 
 
-def _name(recipe: str) -> str:
-    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
-
-
 def _find_genotype(subject: str) -> str:
     """Return what a recipe's `genotype` is to be: what is in a run's folder or in a file, or a name."""
     path = Path(subject)
@@ -365,7 +364,7 @@ def _begin(
     recipe: str, overrides: tuple[str, ...], short: Mapping[str, object], output: Path | None, *, quiet: bool
 ) -> None:
     loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
-    name, experiment = _name(recipe), _experiment(loaded)
+    name, experiment = recipe_name(recipe), _experiment(loaded)
     _checked_graph(loaded, experiment)  # a mistake that only this shows ends the command before anything is written
     folder = from_first(lambda: output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S")), whole_world())
     _execute(Run.begin(folder, loaded, name, progress=not quiet), experiment)
@@ -394,11 +393,11 @@ def _execute(run: Run, experiment: Experiment) -> None:
     try:
         result = run.execute(experiment)
     except Interrupted as interruption:
-        if run.is_first and run.recipe.engine == "mlo":
-            click.echo(f"\nStopped and saved. Go on with:\n\n    mlo resume {run.home}", err=True)
-        elif run.is_first:
-            again = f"mlo run {run.home / 'recipe.yaml'}"
-            click.echo(f"\nStopped. Betty's engine has no checkpoints; start again with:\n\n    {again}", err=True)
+        if run.is_first:
+            saved = "Stopped and saved. Go on"
+            if run.recipe.engine == "betty":
+                saved = "Stopped. Betty's engine has no checkpoints, so that what it trained begins anew. Go on"
+            click.echo(f"\n{saved} with:\n\n    mlo resume {run.home}", err=True)
         sys.exit(128 + interruption.signal_number)
     if run.is_first:
         _show(result, run.home)

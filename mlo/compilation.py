@@ -15,6 +15,7 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
 
     Forbids, in this process, that compiled backward passes write into what their forward passes saved ("donated
     buffers"): PyTorch then refuses to keep a graph, and looks the setting up when it compiles and when it goes back.
+    Random draws are those of the module itself, which a hypergradient may call for the same step.
     """
     torch._functorch.config.donated_buffer = False
-    return torch.compile(module)
+    return torch.compile(module, options={"fallback_random": True})

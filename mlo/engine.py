@@ -108,6 +108,8 @@ class Engine:
     ) -> None:
         if precision not in _PRECISIONS:
             raise MloError(f"precision: expected one of {', '.join(_PRECISIONS)}; found {precision!r}")
+        if not isinstance(rollback, bool):
+            raise MloError(f"rollback: expected True or False; found {rollback!r}")
         self.graph = graph
         self.seed = seed
         self.rounds_done = 0
@@ -179,8 +181,8 @@ class Engine:
             GraphError: a loss does not read what its edges declare (found before the first step).
             DivergenceError: a loss is no longer finite.
         """
-        if rounds < 0:
-            raise MloError(f"rounds: expected a number of at least 0; found {rounds}")
+        if not isinstance(rounds, int) or rounds < 0:
+            raise MloError(f"rounds: expected a whole number of at least 0; found {rounds!r}")
         self._trace()
         self.total_rounds = max(total_rounds or self.total_rounds, self.rounds_done + rounds)
         metrics: dict[str, float] = {}
@@ -200,6 +202,8 @@ class Engine:
 
     def _compiled(self, which: bool | Collection[str]) -> dict[str, Callable[..., Any]]:
         """Return the modules of levels under `torch.compile`, which compiles when it is called."""
+        if isinstance(which, str) or not isinstance(which, bool | Collection):
+            raise MloError(f"compile: expected True, False or a list of levels' names; found {which!r}")
         names = (self.graph.structure.names if which else ()) if isinstance(which, bool) else which
         for name in names:
             self.graph.check_name(name, "compile")

@@ -32,6 +32,12 @@ class Edge:
     _: KW_ONLY
     detached: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.detached, bool):
+            raise GraphError(
+                f"edge {self.source!r} -> {self.target!r}: detached must be True or False; found {self.detached!r}"
+            )
+
 
 class Graph:
     """Levels from lowest to highest, and what each reads.

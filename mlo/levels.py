@@ -202,7 +202,7 @@ class Sum:
         terms: the same.
 
     Raises:
-        GraphError: there is no term.
+        GraphError: there is no term, or one that is no function; later, two terms have a metric of the same name.
 
     Example:
         >>> def fit(levels, batch): ...
@@ -213,6 +213,9 @@ class Sum:
     def __init__(self, *terms: Callable[[Levels, Any], Any]) -> None:
         if not terms:
             raise GraphError("Sum: expected at least one loss; found none")
+        for term in terms:
+            if not callable(term):
+                raise GraphError(f"Sum: expected losses, one after the other: Sum(fit, imitate); found {term!r}")
         self.terms = terms
 
     def __call__(self, levels: Levels, batch: Any) -> Output:
@@ -225,7 +228,11 @@ class Sum:
         outputs = [result if isinstance(result, Output) else Output(result) for result in results]
         if len(outputs) == 1:
             return outputs[0]
-        metrics = {name: value for output in outputs for name, value in output.metrics.items()}
+        metrics: dict[str, Tensor | float] = {}
+        for output in outputs:
+            if same := sorted(metrics.keys() & output.metrics.keys()):
+                raise GraphError(f"Sum: expected metrics of different names; found two called {', '.join(same)}")
+            metrics.update(output.metrics)
         return Output(sum((o.loss for o in outputs[1:]), start=outputs[0].loss), metrics)
 
 

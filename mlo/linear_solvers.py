@@ -178,6 +178,8 @@ def nystrom(operator: LinearOperator, b: Tensor, *, rank: int, damping: float, g
         basis = torch.linalg.qr(drawn).Q
     image = torch.stack([operator(column.to(b.dtype)).double() for column in basis.unbind(1)], dim=1)
     core = basis.T @ image
+    if not bool(core.isfinite().all()):  # the level diverges, as its loss will show
+        return Solution(torch.full_like(b, torch.nan), {"negative_eigenvalues": 0})
     d, v = torch.linalg.eigh((core + core.T) / 2)
     noise = torch.finfo(b.dtype).eps * n * d.abs().amax()
     if rank < n:

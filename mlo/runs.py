@@ -217,12 +217,9 @@ class Run:
 
         Raises:
             Interrupted: the run was asked to stop; the engine is saved.
-            CheckpointError: the phase was begun before, by an engine that has no checkpoints.
         """
         self._check_signal()
         if self.recipe.engine == "betty" and len(graph.levels) > 1:
-            if self._group is not None:
-                raise InteropError("engine: expected 'mlo' in a job of several processes; found 'betty'")
             return self._train_with_betty(phase, graph, rounds, until, options)
         if self._group is not None and self.recipe.synchronize_batch_norm:
             for level in graph.levels:
@@ -268,13 +265,9 @@ class Run:
     def _train_with_betty(
         self, phase: str, graph: Graph, rounds: int, until: Callable[[], bool] | None, options: Mapping[str, Any]
     ) -> Trained:
-        """Train a graph with Betty's engine, which leaves no checkpoints: a phase is trained at once or not at all."""
+        """Train a graph with Betty's engine, which leaves no checkpoints: a resumed run trains the phase anew."""
         recipe = self.recipe
-        if any(line["phase"] == phase for line in read_metrics(self.folder / "metrics.jsonl")):
-            raise CheckpointError(
-                f"{self.folder}, phase {phase!r}: expected a run with mlo's engine to go on with; found one with "
-                f"Betty's, which has no checkpoints. Start it again: mlo run {self.folder / 'recipe.yaml'}"
-            )
+        self._cut(self.folder / "metrics.jsonl", phase, 0)
         engine = betty_engine(
             graph, rounds=rounds, seed=recipe.seed, device=recipe.device, precision=recipe.precision, **options
         )
@@ -436,7 +429,7 @@ def resume(folder: str | os.PathLike[str], load: Any, *, progress: bool = True) 
     path = Path(folder) / "recipe.yaml"
     if not path.is_file():
         raise MloError(f"{folder}: expected the folder of a run; found no recipe.yaml in it")
-    comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines()[:2] if line.startswith("#")]
+    comments = _comments(path)
     recipe = load(path)
     for comment in comments:
         if comment.startswith(_DIGEST) and comment.removeprefix(_DIGEST) != _digest(dump_recipe(recipe)):
@@ -445,6 +438,24 @@ def resume(folder: str | os.PathLike[str], load: Any, *, progress: bool = True) 
                 f"begin a new run with it: mlo run {path}"
             )
     return Run(Path(folder), recipe, comments[0] if comments else path.parent.name, progress=progress)
+
+
+def recipe_name(recipe: str) -> str:
+    """Return what runs of a recipe are called: the name of a bundled one or of a file; of a run's own recipe its own.
+
+    Args:
+        recipe: as the user calls it.
+    """
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        return recipe
+    comments = _comments(path) if path.is_file() else []
+    return comments[0] if len(comments) == 2 and comments[1].startswith(_DIGEST) else path.stem
+
+
+def _comments(path: Path) -> list[str]:
+    """The name and the digest in a run's recipe."""
+    return [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines()[:2] if line.startswith("#")]
 
 
 def _digest(text: str) -> str:
@@ -477,6 +488,8 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
             f"engine: expected 'mlo', as problem {recipe.problem!r} has the one level "
             f"{graph.levels[0].name!r}; found 'betty'. Leave it out."
         )
+    if whole_world() is not None:
+        raise InteropError("engine: expected 'mlo' in a job of several processes; found 'betty'")
     if recipe.compile:
         raise InteropError("compile: expected false with the engine 'betty'; found " + repr(recipe.compile))
     check_betty(

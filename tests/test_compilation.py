@@ -45,7 +45,7 @@ def calls(monkeypatch):
         return graph_module.forward
 
     torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", lambda module: compile_module(module, backend=note))
+    monkeypatch.setattr(torch, "compile", lambda module, options: compile_module(module, backend=note))
     yield found
     torch.compiler.reset()
 
@@ -95,3 +95,26 @@ def test_levels_named_in_a_recipe_are_those_of_its_search(calls, tmp_path):
             assert not (tmp_path / "run").exists()
     assert calls
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_random_draws_are_those_of_the_module_itself(monkeypatch):
+    """The compiler's own would be others than those of a product, which the module itself is called for."""
+    monkeypatch.undo()
+
+    def hypergradient(compiled):
+        torch.manual_seed(0)
+        net, gate = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double(), nn.Linear(3, 1).double()
+        x = torch.randn(8, 3, dtype=torch.float64)
+        levels = [
+            mlo.Problem(
+                name, module, loss, torch.optim.SGD(module.parameters(), lr=0.1), [x], hypergradient=mlo.Unroll()
+            )
+            for name, module, loss in (
+                ("net", net, lambda levels, batch: (levels.net(batch) - levels.gate(batch)).square().mean()),
+                ("gate", gate, lambda levels, batch: levels.net(batch).square().mean()),
+            )
+        ]
+        graph = mlo.Graph(levels, [mlo.Edge("gate", "net"), mlo.Edge("net", "gate")])
+        return mlo.Engine(graph, seed=0, device="cpu", compile=compiled).hypergradient("gate")["weight"]
+
+    torch.testing.assert_close(hypergradient(["net"]), hypergradient(False), rtol=1e-9, atol=1e-12)

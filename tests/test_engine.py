@@ -320,6 +320,9 @@ def test_unused_parameters_get_zeros_and_are_not_stepped():
     [
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16; found 'fp8'"),
         ({"device": "gpu"}, "device: expected 'auto' or a torch device"),
+        ({"rollback": "no"}, "rollback: expected True or False; found 'no'"),
+        ({"compile": "gate"}, "compile: expected True, False or a list of levels' names; found 'gate'"),
+        ({"compile": None}, "compile: expected True, False or a list of levels' names; found None"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -34,6 +34,10 @@ MISTAKES = {
         lambda: pair(edges=[mlo.Edge("aa", "b")]),
         "expected one of the levels a, b; found 'aa'. Did you mean 'a'?",
     ),
+    "detached by a word": (
+        lambda: pair(edges=[mlo.Edge("a", "b", detached="no")]),
+        "edge 'a' -> 'b': detached must be True or False; found 'no'",
+    ),
     "edge to itself": (lambda: pair(edges=[mlo.Edge("a", "a")]), "found an edge from 'a' to itself. Remove it"),
     "duplicate edge": (
         lambda: pair(edges=[mlo.Edge("a", "b"), mlo.Edge("a", "b", detached=True)]),

@@ -96,6 +96,11 @@ def test_a_sum_is_a_loss_and_needs_a_term():
     assert (output.loss.item(), output.metrics["twice"].item()) == (4.5, 3.0)
     with pytest.raises(mlo.GraphError, match="expected at least one loss; found none"):
         mlo.Sum()
+    with pytest.raises(mlo.GraphError, match=r"expected losses, one after the other: .* found \["):
+        mlo.Sum([loss, loss])
+    named = [lambda levels, batch: mlo.Output(batch, {"error": 1.0})] * 2
+    with pytest.raises(mlo.GraphError, match="found two called error"):
+        mlo.Sum(*named)(None, torch.tensor(1.5))
 
 
 def test_a_check_differentiates_terms_too():

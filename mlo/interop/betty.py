@@ -99,8 +99,8 @@ def betty_engine(
         InteropError: as `check_betty`.
         MloError: no round to play, an unknown device or precision.
     """
-    if rounds < 1:
-        raise MloError(f"rounds: expected a number of at least 1; found {rounds}")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise MloError(f"rounds: expected a whole number of at least 1; found {rounds!r}")
     translation = check_betty(
         graph, device=device, precision=precision, rollback=rollback, diagnostics_every=diagnostics_every
     )

@@ -24,7 +24,7 @@ from mlo.autodiff import checked_output
 from mlo.errors import DivergenceError
 from mlo.graph import Graph
 from mlo.interop.betty_translation import Options, Translation, passes_first_order
-from mlo.levels import Levels, LevelView, Output
+from mlo.levels import Levels, LevelView, Output, Sum
 from mlo.problem import Problem
 from mlo.randomness import isolated, random_key, seed_generators
 from mlo.state import move_optimizer
@@ -58,6 +58,7 @@ class LevelProblem(betty.problems.ImplicitProblem):
         self._views: Mapping[str, LevelView] = {}
         self._progress: Callable[[], float] = float
         self._stream: Stream | None = None
+        self._key = seed
         self._output: Output | None = None
 
     def connect(self, problems: Mapping[str, LevelProblem], progress: Callable[[], float]) -> None:
@@ -69,9 +70,13 @@ class LevelProblem(betty.problems.ImplicitProblem):
     # --- the loss and its batches -------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any) -> Tensor:
-        """Return the level's loss."""
-        levels = Levels(self.name, self._views, self._progress())
-        self._output = checked_output(self.name, self._declared.loss(levels, batch))
+        """Return the level's loss, each of whose terms has random draws of its own, as in `mlo.Engine`."""
+        levels, loss, results = Levels(self.name, self._views, self._progress()), self._declared.loss, []
+        for index, term in enumerate(loss.terms if isinstance(loss, Sum) else (loss,)):
+            if index:
+                seed_generators(random_key(self._key, 0, index), torch.device(self.device))
+            results.append(checked_output(self.name, term(levels, batch)))
+        self._output = Sum.of(results)
         return self._output.loss
 
     def get_batch(self) -> Any:
@@ -81,7 +86,8 @@ class LevelProblem(betty.problems.ImplicitProblem):
         batch = self._stream.next()
         step, micro = divmod(self.count - 1, self.gas)
         index = (micro,) if self.gas > 1 else ()
-        seed_generators(random_key(self._seed, self.name, "step", step, *index), torch.device(self.device))
+        self._key = random_key(self._seed, self.name, "step", step, *index)
+        seed_generators(self._key, torch.device(self.device))
         return batch
 
     def get_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:

@@ -6,7 +6,7 @@ import torch
 import mlo
 
 from .closed_form import GRAPHS, draw
-from .quadratics import oracle, quadratic_engine, relative_error
+from .quadratics import Vector, oracle, quadratic_engine, relative_error
 
 ESTIMATORS = {
     "cg": mlo.ConjugateGradient(tolerance=1e-12),
@@ -356,3 +356,19 @@ def test_a_converged_level_in_a_nest_may_be_unrolled_or_differentiated_implicitl
     exact = engine(mlo.Unroll()).hypergradient("top")["w"]
     found = engine(mlo.ConjugateGradient(tolerance=1e-12)).hypergradient("top")["w"]
     assert relative_error(found, exact) < 1e-6
+
+
+def test_nystrom_leaves_a_divergence_to_the_loss():
+    lower, upper = Vector([0.3, -0.2]), Vector([0.5, 1.5])
+
+    def problem(name, module, loss, rate, **options):
+        return mlo.Problem(name, module, loss, torch.optim.SGD(module.parameters(), lr=rate), None, **options)
+
+    levels = [
+        problem("lower", lower, lambda levels, batch: (levels.lower.w - levels.upper.w).pow(4).sum(), 1e200,
+                hypergradient=mlo.Nystrom(rank=1), steps=2),
+        problem("upper", upper, lambda levels, batch: levels.lower.w.square().sum(), 0.1),
+    ]  # fmt: skip
+    graph = mlo.Graph(levels, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")])
+    with pytest.raises(mlo.DivergenceError):
+        mlo.Engine(graph, device="cpu").run(3, progress=False)

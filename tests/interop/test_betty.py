@@ -286,9 +286,10 @@ def test_a_loss_may_read_only_what_its_edges_declare():
         betty_engine(mlo.Graph(secret, graph.edges[1:]), rounds=1, device="cpu").run()
 
 
-def test_rounds_are_checked():
-    with pytest.raises(mlo.MloError, match="rounds: expected a number of at least 1; found 0"):
-        betty_engine(bilevel(mlo.FirstOrder()), rounds=0, device="cpu")
+@pytest.mark.parametrize("rounds", [0, 2.5])
+def test_rounds_are_checked(rounds):
+    with pytest.raises(mlo.MloError, match=f"rounds: expected a whole number of at least 1; found {rounds}"):
+        betty_engine(bilevel(mlo.FirstOrder()), rounds=rounds, device="cpu")
 
 
 def test_the_two_moments_of_adam_survive():
@@ -299,3 +300,29 @@ def test_the_two_moments_of_adam_survive():
     optimizer.step()
     betty_engine(graph, rounds=2, device="cpu").run()
     assert optimizer.state[w]["step"].item() == 3
+
+
+def test_the_terms_of_a_sum_draw_the_same():
+    def end(play):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+        gate = torch.nn.Linear(1, 1)
+        x, y = torch.randn(8, 3), torch.randn(8, 1)
+
+        def fit(levels, batch):
+            return (levels.net(batch[0]) - batch[1]).square().mean()
+
+        def weighted(levels, batch):
+            return fit(levels, batch) * levels.gate.weight.exp().sum()
+
+        def problem(name, module, loss):
+            sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+            return mlo.Problem(name, module, loss, sgd, [(x, y)], hypergradient=mlo.FirstOrder())
+
+        levels = [problem("net", net, mlo.Sum(fit, weighted)), problem("gate", gate, weighted)]
+        play(mlo.Graph(levels, [mlo.Edge("gate", "net"), mlo.Edge("net", "gate")]))
+        return net[0].weight.detach()
+
+    ours = end(lambda graph: mlo.Engine(graph, seed=3, device="cpu").run(3, progress=False))
+    theirs = end(lambda graph: betty_engine(graph, rounds=3, seed=3, device="cpu").run())
+    torch.testing.assert_close(theirs, ours)

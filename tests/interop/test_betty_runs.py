@@ -9,7 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import mlo
 from mlo.cli import main
 from mlo.runs import Interrupted, Run, resume
 from mlo.tracking import read_metrics
@@ -100,8 +99,9 @@ def test_a_phase_may_end_early(tmp_path):
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == engine.rounds_done
 
 
-def test_an_interrupted_run_says_that_it_has_to_start_again(tmp_path):
+def test_an_interrupted_run_trains_anew(tmp_path):
     pytest.importorskip("betty", reason="an optional peer; .ci/run installs it")
+    whole = Run.begin(tmp_path / "whole", TOY, "toy", progress=False).execute(ToyExperiment(TOY))
     folder = tmp_path / "run"
     run = Run.begin(folder, TOY, "toy", progress=False)
     with pytest.raises(Interrupted):
@@ -109,10 +109,13 @@ def test_an_interrupted_run_says_that_it_has_to_start_again(tmp_path):
     assert not run.finished
     before = (folder / "metrics.jsonl").read_text()
     assert before.count("\n") == 4  # the round was ended
-    again = resume(folder, lambda path: TOY, progress=False)
-    with pytest.raises(mlo.CheckpointError, match=r"has no checkpoints\. Start it again: mlo run .*recipe\.yaml"):
-        again.execute(ToyExperiment(TOY))
-    assert (folder / "metrics.jsonl").read_text() == before
+    again = resume(folder, lambda path: TOY, progress=False).execute(ToyExperiment(TOY))
+    assert again["weights"] == whole["weights"]
+    rounds, expected = (
+        [(line["phase"], line["round"]) for line in read_metrics(where / "metrics.jsonl")]
+        for where in (folder, tmp_path / "whole")
+    )
+    assert rounds == expected
 
 
 def test_the_command_line_says_so_too(tmp_path, monkeypatch):
@@ -124,7 +127,7 @@ def test_the_command_line_says_so_too(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "execute", stopped)
     done = invoke("run", "darts/digits-first", "--engine", "betty", "--quiet", "--output", tmp_path / "run")
     assert done.exit_code == 128 + signal.SIGINT
-    assert f"Betty's engine has no checkpoints; start again with:\n\n    mlo run {tmp_path}" in done.output
+    assert f"what it trained begins anew. Go on with:\n\n    mlo resume {tmp_path}" in done.output
 
 
 def test_a_run_that_was_laid_out_and_not_begun_can_be_resumed(tmp_path):

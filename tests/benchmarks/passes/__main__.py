@@ -15,11 +15,14 @@ from pathlib import Path
 import torch
 
 from mlo.devices import find_device
+from mlo.errors import MloError
 
 from ..speed.report import describe, machine
 from .cost import report
 from .counting import count
 from .measuring import Rounds, measured
+
+TURNS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,11 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", help="of the problem lbt, such as lbt/imagenet-rn18-pc-darts")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for mlo run --set")
     parser.add_argument("--batch", nargs="+", type=int, help="images of the measured passes: 4 8 16, on CUDA 16 32 64")
-    parser.add_argument("--turns", type=int, default=5, help="measurements of each, of which the median counts")
+    parser.add_argument("--turns", type=int, default=TURNS, help="measurements of each, of which the median counts")
     parser.add_argument("--device", default="auto", help="as in a recipe")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="a file to write the report to")
     options = parser.parse_args(arguments)
+    if min(options.turns, *(options.batch or (1,))) < 1:
+        parser.error("--turns and --batch: expected numbers of at least 1")
     torch.set_num_threads(1)
+    try:
+        _report(options)
+    except MloError as error:
+        parser.exit(1, f"Error: {error}\n")
+
+
+def _report(options: argparse.Namespace) -> None:
     device = find_device(options.device, [])
     batches = sorted(options.batch or ((16, 32, 64) if device.type == "cuda" else (4, 8, 16)))
     search = count(options.recipe, options.overrides)
@@ -44,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = describe(machine())
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}; {where}"
-    command = " ".join(["python -m tests.benchmarks.passes", options.recipe, *options.overrides])
+    words = ["python -m tests.benchmarks.passes", options.recipe, *options.overrides]
+    words += ["--batch", *map(str, options.batch)] if options.batch else []
+    words += ["--turns", str(options.turns)] if options.turns != TURNS else []
+    command = " ".join(words)
     real = Rounds(options.recipe, tuple(options.overrides), device).seconds(batches[0])
     expected = replace(search, batch=batches[0]).round(networks)
     check = (
