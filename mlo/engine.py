@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,7 +182,7 @@ class Engine:
             GraphError: a loss does not read what its edges declare (found before the first step).
             DivergenceError: a loss is no longer finite.
         """
-        if not isinstance(rounds, int) or rounds < 0:
+        if not isinstance(rounds, int | np.integer) or rounds < 0:
             raise MloError(f"rounds: expected a whole number of at least 0; found {rounds!r}")
         self._trace()
         self.total_rounds = max(total_rounds or self.total_rounds, self.rounds_done + rounds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mlo.devices import find_device
@@ -99,7 +100,7 @@ def betty_engine(
         InteropError: as `check_betty`.
         MloError: no round to play, an unknown device or precision.
     """
-    if not isinstance(rounds, int) or rounds < 1:
+    if not isinstance(rounds, int | np.integer) or rounds < 1:
         raise MloError(f"rounds: expected a whole number of at least 1; found {rounds!r}")
     translation = check_betty(
         graph, device=device, precision=precision, rollback=rollback, diagnostics_every=diagnostics_every
