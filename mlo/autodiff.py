@@ -21,7 +21,7 @@ from mlo.calls import Calls, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
 from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables
-from mlo.randomness import random_key, seed_generators, were_drawn_from
+from mlo.randomness import seed_generators, term_key, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
 
 _AS_IS = nullcontext()
@@ -200,7 +200,7 @@ class LossCall:
                 for calls in (record, replay):
                     if calls is not None:
                         calls.term = index
-                key = random_key(self.key, rank, index) if rank or index else self.key
+                key = term_key(self.key, rank, index)
                 seed_generators(key, backend.device)
                 levels = Levels(self.level, views, self.progress)
                 before = self._versions() if index + 1 < len(terms) else None

@@ -45,7 +45,6 @@ from mlo.distributed import Group, agreed, align, average, average_buffers, by_f
 from mlo.double import double, in_double, in_float64
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
-from mlo.levels import Sum
 from mlo.optimizers import Update
 from mlo.randomness import isolated
 from mlo.replay import replay_solve
@@ -135,7 +134,7 @@ class Engine:
             p.name: Level(
                 p.name,
                 p.module,
-                p.loss.terms if isinstance(p.loss, Sum) else (p.loss,),
+                p.terms,
                 graph.reads(p.name),
                 graph.structure.reads[p.name],
                 p.hyperparameters,

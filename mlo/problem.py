@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlo.errors import GraphError
 from mlo.hypergradients import FiniteDifference, Hypergradient
-from mlo.levels import Levels, Output
+from mlo.levels import Levels, Output, Sum
 
 Loss = Callable[[Levels, Any], Tensor | Output]
 """`loss(levels, batch)`: pure; reads the levels through `levels.NAME` and returns a scalar tensor or an `Output`."""
@@ -116,6 +116,11 @@ class Problem:
             raise GraphError(
                 f"level {self.name!r}: its scheduler drives another optimizer; build it over this level's own"
             )
+
+    @property
+    def terms(self) -> tuple[Loss, ...]:
+        """The losses that the level's loss is the sum of: itself alone, if it is no `Sum`."""
+        return self.loss.terms if isinstance(self.loss, Sum) else (self.loss,)
 
     def _check_hyperparameters(self) -> None:
         self._expect(

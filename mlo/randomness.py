@@ -24,6 +24,11 @@ def random_key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def term_key(key: int, rank: int, term: int) -> int:
+    """Return the key of one term of a loss in one of several processes, given that of the loss."""
+    return random_key(key, rank, term) if rank or term else key
+
+
 def seed_generators(key: int, device: torch.device) -> None:
     """Seed the global generators of Python, NumPy, torch on the CPU and torch on `device`."""
     _seed_python_and_numpy(key)

@@ -220,6 +220,7 @@ class Run:
         """
         self._check_signal()
         if self.recipe.engine == "betty" and len(graph.levels) > 1:
+            _check_alone(self._group)
             return self._train_with_betty(phase, graph, rounds, until, options)
         if self._group is not None and self.recipe.synchronize_batch_norm:
             for level in graph.levels:
@@ -488,8 +489,7 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
             f"engine: expected 'mlo', as problem {recipe.problem!r} has the one level "
             f"{graph.levels[0].name!r}; found 'betty'. Leave it out."
         )
-    if whole_world() is not None:
-        raise InteropError("engine: expected 'mlo' in a job of several processes; found 'betty'")
+    _check_alone(whole_world())
     if recipe.compile:
         raise InteropError("compile: expected false with the engine 'betty'; found " + repr(recipe.compile))
     check_betty(
@@ -499,6 +499,12 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
         rollback=recipe.rollback,
         diagnostics_every=recipe.diagnostics_every,
     )
+
+
+def _check_alone(group: Group) -> None:
+    """Refuse Betty's engine in a job of several processes."""
+    if group is not None:
+        raise InteropError("engine: expected 'mlo' in a job of several processes; found 'betty'")
 
 
 def versions(engine: str = "mlo") -> dict[str, str]:

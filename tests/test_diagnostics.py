@@ -6,7 +6,7 @@ import torch
 import mlo
 from tests.conformance.quadratics import oracle, quadratic_engine
 from tests.conformance.random_graphs import draw_graph, flat
-from tests.toys import assert_same_state, state_of, three_levels
+from tests.toys import Centred, assert_same_state, state_of, three_levels
 
 
 def played(engine, rounds=1):
@@ -149,16 +149,6 @@ def test_a_step_that_fp16_skips_is_not_the_last_one_taken(estimator):
 
 
 def test_buffers_are_as_the_step_finds_them():
-    class Centred(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = torch.nn.Linear(3, 3)
-            self.register_buffer("mean", torch.zeros(3))
-
-        def forward(self, x):
-            self.mean.lerp_(x.mean(0), 0.3)
-            return self.net(x - self.mean).tanh()
-
     torch.manual_seed(0)
     low, up, x = torch.nn.Linear(3, 3).double(), Centred().double(), torch.randn(5, 3, dtype=torch.float64) + 2
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import mlo
 
+from .conformance.quadratics import Vector
 from .toys import assert_same_state, state_of, three_levels
 
 
@@ -542,12 +543,7 @@ def test_only_a_top_level_can_have_a_warm_up():
 def test_a_query_of_a_later_top_level_is_what_its_next_step_uses():
     """An earlier one, with a level inside it, has stepped by then; what is inside is not solved again."""
 
-    class Vector(nn.Module):
-        def __init__(self, *values):
-            super().__init__()
-            self.w = nn.Parameter(torch.tensor(values, dtype=torch.float64))
-
-    modules = {"a": Vector(0.3, -0.2), "b": Vector(1.0, 0.5), "c": Vector(0.7, 0.1)}
+    modules = {"a": Vector([0.3, -0.2]), "b": Vector([1.0, 0.5]), "c": Vector([0.7, 0.1])}
     losses = {
         "a": lambda levels, batch: (levels.a.w - levels.b.w).square().sum(),
         "b": lambda levels, batch: (levels.a.w - 2).square().sum() + levels.b.w.square().sum(),

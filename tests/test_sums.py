@@ -10,6 +10,8 @@ from torch.nn import functional
 import mlo
 from mlo.autodiff import checked_output
 
+from .toys import Centred
+
 ESTIMATORS = [
     mlo.FiniteDifference(radius=1e-4),
     mlo.FiniteDifference(radius=1e-4, last=None),
@@ -115,19 +117,6 @@ def test_metrics_keep_no_graph():
     assert kept.loss.requires_grad
     assert not kept.metrics["same"].requires_grad
     assert kept.metrics["number"] == 1.0
-
-
-class Centred(nn.Module):
-    """Takes a running mean of its inputs away, which each call moves."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(3, 3)
-        self.register_buffer("mean", torch.zeros(3))
-
-    def forward(self, x):
-        self.mean.lerp_(x.mean(0), 0.3)
-        return self.net(x - self.mean).tanh()
 
 
 @pytest.mark.parametrize("steps", [1, 2])

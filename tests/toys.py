@@ -42,6 +42,19 @@ class Counting(nn.Module):
         return x * (1 + 0.01 * self.calls)
 
 
+class Centred(nn.Module):
+    """Takes a running mean of its inputs away, which each call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.mean.lerp_(x.mean(0), 0.3)
+        return self.net(x - self.mean).tanh()
+
+
 def three_levels(
     *,
     estimator: mlo.Hypergradient | None = None,

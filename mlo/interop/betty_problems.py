@@ -26,7 +26,7 @@ from mlo.graph import Graph
 from mlo.interop.betty_translation import Options, Translation, passes_first_order
 from mlo.levels import Levels, LevelView, Output, Sum
 from mlo.problem import Problem
-from mlo.randomness import isolated, random_key, seed_generators
+from mlo.randomness import isolated, random_key, seed_generators, term_key
 from mlo.state import move_optimizer
 from mlo.streams import Stream
 from mlo.tracking import Callback, ProgressBar, RoundReport, mean
@@ -71,10 +71,10 @@ class LevelProblem(betty.problems.ImplicitProblem):
 
     def training_step(self, batch: Any) -> Tensor:
         """Return the level's loss, each of whose terms has random draws of its own, as in `mlo.Engine`."""
-        levels, loss, results = Levels(self.name, self._views, self._progress()), self._declared.loss, []
-        for index, term in enumerate(loss.terms if isinstance(loss, Sum) else (loss,)):
-            if index:
-                seed_generators(random_key(self._key, 0, index), torch.device(self.device))
+        levels, results = Levels(self.name, self._views, self._progress()), []
+        for index, term in enumerate(self._declared.terms):
+            if index:  # the first goes on with what `get_batch` has seeded
+                seed_generators(term_key(self._key, 0, index), torch.device(self.device))
             results.append(checked_output(self.name, term(levels, batch)))
         self._output = Sum.of(results)
         return self._output.loss

@@ -44,9 +44,9 @@ class PartialOperation(MixedOperation):
         """Map (batch, channels, height, width) and weights of (primitives,) to the shuffled channels of both parts."""
         count = x.shape[1] // self.k
         operated = super().forward(x[:, :count], weights, state)
-        passing = x[:, count:]
         if self.k == 1:
             return operated
+        passing = x[:, count:]
         if self.stride == 2:
             passing = functional.max_pool2d(passing, 2, ceil_mode=True)
         return shuffle_channels(torch.cat((operated, passing), dim=1), self.k)

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from mlo.cli import main
+from mlo.errors import InteropError
 from mlo.runs import Interrupted, Run, resume
 from mlo.tracking import read_metrics
 from tests.test_cli import FILES, small
@@ -137,3 +138,11 @@ def test_a_run_that_was_laid_out_and_not_begun_can_be_resumed(tmp_path):
     Run.begin(folder, TOY, "toy", progress=False)
     result = resume(folder, lambda path: TOY, progress=False).execute(ToyExperiment(TOY))
     assert all(torch.isfinite(torch.tensor(result["weights"])))
+
+
+def test_several_processes_are_refused_in_a_run_that_goes_on_too(tmp_path, monkeypatch):
+    run = Run.begin(tmp_path / "run", TOY, "toy", progress=False)
+    monkeypatch.setattr(run, "_group", object())
+    monkeypatch.setattr(run, "_check_signal", lambda: None)  # which asks the others
+    with pytest.raises(InteropError, match="expected 'mlo' in a job of several processes; found 'betty'"):
+        run.train("search", ToyExperiment(TOY).graph(), 1)
