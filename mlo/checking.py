@@ -199,7 +199,8 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.directions) is not int or self.directions < 1:
             raise MloError(f"check: directions must be a whole number of at least 1; found {self.directions!r}")
-        if len(self.radii) != 2 or not 0 < self.radii[1] < self.radii[0] <= 1e-6:
+        pair = isinstance(self.radii, tuple | list) and len(self.radii) == 2
+        if not pair or not 0 < self.radii[1] < self.radii[0] <= 1e-6:
             raise MloError(
                 f"check: radii must be two positive numbers of at most 1e-6, the larger first (further out the kinks "
                 f"of ReLU and max pooling spoil the differences); found {self.radii!r}"

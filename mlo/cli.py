@@ -42,7 +42,7 @@ from mlo.files import alone
 from mlo.graph import Graph
 from mlo.launching import joined, start_processes
 from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
-from mlo.runs import Experiment, Interrupted, Run, check_engine, recipe_name, resume
+from mlo.runs import Experiment, Interrupted, Run, check_engine, check_processes, recipe_name, resume
 from mlo.version import __version__
 
 
@@ -122,9 +122,8 @@ def run(
         mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
         mlo run darts/digits-first --engine betty
     """  # noqa: D301
-    start_processes(launch)
     short = {"seed": seed, "device": device, "rounds": rounds, "engine": engine}
-    _begin(recipe, overrides, short, output, quiet=quiet)
+    _begin(recipe, overrides, short, output, launch, quiet=quiet)
 
 
 @main.command()
@@ -159,9 +158,8 @@ def evaluate(
         mlo evaluate runs/first --recipe evaluate/digits
         mlo evaluate PC_DARTS_cifar --recipe evaluate/cifar10 --seed 1
     """  # noqa: D301
-    start_processes(launch)
     short = {"genotype": _find_genotype(subject), "seed": seed, "device": device}
-    _begin(recipe, overrides, short, output, quiet=quiet)
+    _begin(recipe, overrides, short, output, launch, quiet=quiet)
 
 
 @main.command("resume")
@@ -175,8 +173,8 @@ def resume_command(folder: Path, launch: int | None, quiet: bool) -> None:
     Example:
         mlo resume runs/first
     """  # noqa: D301
-    start_processes(launch)
     found = resume(folder, _load, progress=not quiet)
+    start_processes(launch)
     if found.finished:
         if found.is_first:
             _experiment(found.recipe).report(found)
@@ -361,9 +359,17 @@ def _find_genotype(subject: str) -> str:
 
 
 def _begin(
-    recipe: str, overrides: tuple[str, ...], short: Mapping[str, object], output: Path | None, *, quiet: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    short: Mapping[str, object],
+    output: Path | None,
+    launch: int | None,
+    *,
+    quiet: bool,
 ) -> None:
     loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
+    check_processes(loaded, launch is not None and launch > 1)
+    start_processes(launch)  # a mistake in the recipe has been found in one process, without a report of each
     name, experiment = recipe_name(recipe), _experiment(loaded)
     _checked_graph(loaded, experiment)  # a mistake that only this shows ends the command before anything is written
     folder = from_first(lambda: output or Path("runs", name, time.strftime("%Y-%m-%d_%H-%M-%S")), whole_world())

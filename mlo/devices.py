@@ -18,7 +18,7 @@ def check_device(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise MloError(
             f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {str(name)!r}"
         ) from error

@@ -53,7 +53,7 @@ from mlo.sharding import find_group, is_sharded
 from mlo.state import LevelState, check_generators, move_optimizer
 from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep, values_of
 from mlo.tracing import trace
-from mlo.tracking import Callback, ProgressBar, RoundReport, mean
+from mlo.tracking import Callback, ProgressBar, RoundReport, check_callbacks, mean
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,8 +80,8 @@ class Engine:
         total_rounds: that the run is meant to have; `levels.progress` is `rounds_done / total_rounds`.
 
     Raises:
-        MloError: an unknown device or precision, a sharded level to be compiled, or an interval of diagnostics that is
-            no positive number.
+        MloError: no graph, an unknown device or precision, a sharded level to be compiled, or an interval of
+            diagnostics that is no positive number.
         GraphError: diagnostics, and a level whose optimizer's steps cannot be differentiated.
 
     Example:
@@ -106,6 +106,8 @@ class Engine:
         compile: bool | Collection[str] = False,  # noqa: A002 - PyTorch's word for it
         diagnostics_every: int | None = None,
     ) -> None:
+        if not isinstance(graph, Graph):
+            raise MloError(f"graph: expected an mlo.Graph; found {graph!r}")
         if precision not in _PRECISIONS:
             raise MloError(f"precision: expected one of {', '.join(_PRECISIONS)}; found {precision!r}")
         if not isinstance(rollback, bool):
@@ -178,11 +180,13 @@ class Engine:
             The metrics of the last round, "LEVEL.NAME" -> value; empty if none was played.
 
         Raises:
+            MloError: no number of rounds, or something else than a callback.
             GraphError: a loss does not read what its edges declare (found before the first step).
             DivergenceError: a loss is no longer finite.
         """
         if not isinstance(rounds, int | np.integer) or rounds < 0:
             raise MloError(f"rounds: expected a whole number of at least 0; found {rounds!r}")
+        check_callbacks(callbacks)
         self._trace()
         self.total_rounds = max(total_rounds or self.total_rounds, self.rounds_done + rounds)
         metrics: dict[str, float] = {}

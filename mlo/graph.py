@@ -57,6 +57,11 @@ class Graph:
     """
 
     def __init__(self, levels: Iterable[Problem], edges: Iterable[Edge] = ()) -> None:
+        for what, given in (("levels", levels), ("edges", edges)):
+            if not isinstance(given, Iterable):
+                raise GraphError(
+                    f"{what}: expected a list; found one {type(given).__name__}. Put it into brackets: [...]."
+                )
         self.levels = tuple(levels)
         self.edges = tuple(edges)
         self._check_levels()

@@ -220,7 +220,7 @@ class Run:
         """
         self._check_signal()
         if self.recipe.engine == "betty" and len(graph.levels) > 1:
-            _check_alone(self._group)
+            check_processes(self.recipe, self._group is not None)
             return self._train_with_betty(phase, graph, rounds, until, options)
         if self._group is not None and self.recipe.synchronize_batch_norm:
             for level in graph.levels:
@@ -489,7 +489,7 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
             f"engine: expected 'mlo', as problem {recipe.problem!r} has the one level "
             f"{graph.levels[0].name!r}; found 'betty'. Leave it out."
         )
-    _check_alone(whole_world())
+    check_processes(recipe, whole_world() is not None)
     if recipe.compile:
         raise InteropError("compile: expected false with the engine 'betty'; found " + repr(recipe.compile))
     check_betty(
@@ -501,9 +501,13 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
     )
 
 
-def _check_alone(group: Group) -> None:
-    """Refuse Betty's engine in a job of several processes."""
-    if group is not None:
+def check_processes(recipe: Recipe, several: bool) -> None:
+    """Refuse Betty's engine in a job of several processes.
+
+    Raises:
+        InteropError: it is asked for there.
+    """
+    if several and recipe.engine == "betty":
         raise InteropError("engine: expected 'mlo' in a job of several processes; found 'betty'")
 
 

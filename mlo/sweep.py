@@ -433,11 +433,24 @@ class Step:
         except RuntimeError as error:
             if not any(hint in str(error) for hint in ("double backward", "is not implemented", "derivative fewer")):
                 raise
+            if inside := self.context.structure.inside[self.level]:
+                often = "twice, and where levels solved inside it are unrolled or solved for, three times"
+                mend = (
+                    f"Choose mlo.FiniteDifference() for the levels inside ({', '.join(inside)}), which spares third "
+                    f"derivatives (BatchNorm in training mode has none), or mlo.Penalty() for this one"
+                )
+            else:
+                often, mend = (
+                    "twice",
+                    (
+                        "Choose an estimator of first derivatives for the level: mlo.Penalty(), or outside a nest "
+                        "mlo.FiniteDifference() or mlo.SAMA()"
+                    ),
+                )
             raise MloError(
-                f"level {self.level!r}: expected a loss that can be differentiated twice; found one that cannot "
-                f"({error}). Choose an estimator of first derivatives for the level: mlo.Penalty(), or outside a nest "
-                f"mlo.FiniteDifference() or mlo.SAMA(); or leave its modules uncompiled, with operations that torch "
-                f"can differentiate often enough."
+                f"level {self.level!r}: expected a loss that can be differentiated {often}; found one that cannot "
+                f"({error}). {mend}; or leave its modules uncompiled, with operations that torch can differentiate "
+                f"often enough."
             ) from error
 
     def _split(self, grads: Gradient, inputs: Mapping[str, Tensors]) -> dict[str, Tensors]:

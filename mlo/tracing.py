@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -26,6 +26,7 @@ def trace(
     Raises:
         GraphError: a loss reads a level without an edge, does not read one that it has an edge to, or depends on none.
     """
+    variables = {name: level.variables.parameters for name, level in levels.items()}
     with ExitStack() as undo:
         for level in levels.values():
             undo.enter_context(level.buffers.watched())
@@ -37,18 +38,35 @@ def trace(
                 call = state.next_call(levels, progress, backend, recorded=False)
                 for option in call.hyperparameters({}, create_graph=True, accessed=accessed).values():
                     if option.requires_grad:  # what it may read is bound by value here
-                        _check_closure(levels, name, option.sum(), "hyperparameters", ())
+                        _check_closure(variables, name, option.sum(), "hyperparameters", ())
                 _check_outside(graph, name, accessed)
                 loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
-            graph.check_reads(name, sorted(accessed))
-            if not loss.requires_grad:
-                raise GraphError(
-                    f"the loss of level {name!r}: expected a tensor that depends on variables of {name!r} or of a "
-                    f"level that it reads; found one without a gradient. Take no_grad(), detach() or item() out of "
-                    f"the loss."
-                )
-            _check_closure(levels, name, loss, "loss", (name, *levels[name].reads))
+            check_loss(graph, name, loss, accessed, variables)
             del loss  # and its graph, before the next one is made
+
+
+def check_loss(
+    graph: Graph, name: str, loss: Tensor, accessed: Collection[str], variables: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Compare one value of a level's loss with the edges.
+
+    Args:
+        graph: that the level belongs to.
+        name: of the level.
+        loss: the value, with its graph.
+        accessed: names of the levels that it was computed from.
+        variables: of all levels.
+
+    Raises:
+        GraphError: as `trace`.
+    """
+    graph.check_reads(name, sorted(accessed))
+    if not loss.requires_grad:
+        raise GraphError(
+            f"the loss of level {name!r}: expected a tensor that depends on variables of {name!r} or of a level that "
+            f"it reads; found one without a gradient. Take no_grad(), detach() or item() out of the loss."
+        )
+    _check_closure(variables, name, loss, "loss", (name, *graph.reads(name)))
 
 
 def _check_outside(graph: Graph, name: str, accessed: set[str]) -> None:
@@ -61,16 +79,17 @@ def _check_outside(graph: Graph, name: str, accessed: set[str]) -> None:
             )
 
 
-def _check_closure(levels: Mapping[str, Level], name: str, value: Tensor, what: str, allowed: Sequence[str]) -> None:
+def _check_closure(
+    variables: Mapping[str, Sequence[Tensor]], name: str, value: Tensor, what: str, allowed: Sequence[str]
+) -> None:
     """Refuse a loss, or a hyperparameter, that depends on a level that it did not read through `levels`."""
-    foreign = [other for other in levels.values() if other.name not in allowed]
-    owned = [(other, p) for other in foreign for p in other.variables.parameters]
+    owned = [(other, p) for other, own in variables.items() if other not in allowed for p in own]
     if not owned:
         return
-    found = torch.autograd.grad(value, [p for _, p in owned], allow_unused=True)
+    found = torch.autograd.grad(value, [p for _, p in owned], retain_graph=True, allow_unused=True)
     for (other, _), gradient in zip(owned, found, strict=True):
         if gradient is not None:
             raise GraphError(
-                f"the {what} of level {name!r} depends on the variables of level {other.name!r} without an edge: it "
-                f"uses the module itself. Declare mlo.Edge({other.name!r}, {name!r}) and read levels.{other.name}."
+                f"the {what} of level {name!r} depends on the variables of level {other!r} without an edge: it "
+                f"uses the module itself. Declare mlo.Edge({other!r}, {name!r}) and read levels.{other}."
             )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -47,6 +47,17 @@ class Callback(Protocol):
 
     def on_round(self, report: RoundReport) -> None:
         """Use the report of the round just done."""
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuse what cannot be called after a round.
+
+    Raises:
+        MloError: naming it.
+    """
+    for callback in callbacks:
+        if not callable(getattr(callback, "on_round", None)):
+            raise MloError(f"callbacks: expected objects with a method on_round(report); found {callback!r}")
 
 
 class ProgressBar:

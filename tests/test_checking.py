@@ -391,6 +391,8 @@ def test_mistakes_are_named():
         mlo.MloError, match=r"radii must be two positive numbers of at most 1e-6.*found \(0.0001, 1e-05\)"
     ):
         engine.check(radii=(1e-4, 1e-5))
+    with pytest.raises(mlo.MloError, match=r"radii must be two positive numbers .*found 1e-06"):
+        engine.check(radii=1e-6)
     with pytest.raises(mlo.MloError, match="tolerance must be a number between 0 and 1; found 2"):
         engine.check(tolerance=2)
     alone = Vector(1.0)

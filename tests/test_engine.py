@@ -321,6 +321,7 @@ def test_unused_parameters_get_zeros_and_are_not_stepped():
     [
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16; found 'fp8'"),
         ({"device": "gpu"}, "device: expected 'auto' or a torch device"),
+        ({"device": None}, "device: expected 'auto' or a torch device"),
         ({"rollback": "no"}, "rollback: expected True or False; found 'no'"),
         ({"compile": "gate"}, "compile: expected True, False or a list of levels' names; found 'gate'"),
         ({"compile": None}, "compile: expected True, False or a list of levels' names; found None"),
@@ -329,6 +330,17 @@ def test_unused_parameters_get_zeros_and_are_not_stepped():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(mlo.MloError, match=message):
         three_levels().__class__(three_levels().graph, **options)
+
+
+def test_what_is_no_graph_and_no_callback_is_refused():
+    engine = three_levels()
+    with pytest.raises(mlo.MloError, match=r"graph: expected an mlo\.Graph; found \["):
+        mlo.Engine(list(engine.graph.levels))
+    with pytest.raises(
+        mlo.MloError, match=r"callbacks: expected objects with a method on_round\(report\); found <built"
+    ):
+        engine.run(1, callbacks=[print], progress=False)
+    assert engine.rounds_done == 0
 
 
 def test_unknown_level_of_a_query_names_the_nearest():

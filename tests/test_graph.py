@@ -73,6 +73,11 @@ MISTAKES = {
         ),
         r"level 'a': FiniteDifference\(.*\) differentiates the optimizer.*; expected one of SGD, Adam, .*; found Rprop",
     ),
+    "one level": (lambda: mlo.Graph(problem("a")), "levels: expected a list; found one Problem. Put it into brackets"),
+    "one edge": (
+        lambda: mlo.Graph([problem("a"), problem("b")], mlo.Edge("a", "b")),
+        "edges: expected a list; found one Edge. Put it into brackets",
+    ),
     "name": (lambda: problem("my level"), "a level's name must be a Python identifier .* found 'my level'"),
     "reserved name": (lambda: problem("progress"), "other than 'progress'"),
     "module": (

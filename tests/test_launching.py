@@ -40,6 +40,20 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert {path.name for path in (tmp_path / "two").iterdir()} == written
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "supernet.layers=many"], 'supernet.layers: found "many"'),
+        (["--engine", "betty"], "engine: expected 'mlo' in a job of several processes; found 'betty'"),
+    ],
+)
+def test_a_mistake_in_the_recipe_is_found_before_processes_are_started(tmp_path, options, message):
+    found = run(tmp_path / "run", "--launch", "2", *options)
+    assert (found.returncode, found.stderr.count("Error: "), "Traceback" in found.stderr) == (2, 1, False)
+    assert message in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_started_command_is_the_same_without_launch():
     assert _without_launch(["run", "a", "--launch", "2", "--quiet"]) == ["run", "a", "--quiet"]
     assert _without_launch(["run", "--launch=4", "a"]) == ["run", "a"]

@@ -29,7 +29,8 @@ from mlo.problem import Problem
 from mlo.randomness import isolated, random_key, seed_generators, term_key
 from mlo.state import move_optimizer
 from mlo.streams import Stream
-from mlo.tracking import Callback, ProgressBar, RoundReport, mean
+from mlo.tracing import check_loss
+from mlo.tracking import Callback, ProgressBar, RoundReport, check_callbacks, mean
 
 Tally = Callable[[str, "Tensor | float"], None]
 """`tally("LEVEL.NAME", value)`: keeps a figure of a step for the metrics of the round."""
@@ -56,16 +57,18 @@ class LevelProblem(betty.problems.ImplicitProblem):
         self._tally = tally
         self._variables = [p for p in problem.module.parameters() if p.requires_grad]
         self._views: Mapping[str, LevelView] = {}
+        self._everyone: Mapping[str, Sequence[Tensor]] | None = None
         self._progress: Callable[[], float] = float
         self._stream: Stream | None = None
         self._key = seed
         self._output: Output | None = None
 
     def connect(self, problems: Mapping[str, LevelProblem], progress: Callable[[], float]) -> None:
-        """Let the loss read other problems, and the progress of the run."""
+        """Let the loss read other problems, and the progress of the run; its first value is compared with the edges."""
         readable = (self.name, *self._graph.reads(self.name))
         self._views = {name: LevelView(problems[name].module, problems[name]) for name in readable}
         self._progress = progress
+        self._everyone = {name: problem._variables for name, problem in problems.items()}
 
     # --- the loss and its batches -------------------------------------------------------------------------------------
 
@@ -77,6 +80,9 @@ class LevelProblem(betty.problems.ImplicitProblem):
                 seed_generators(term_key(self._key, 0, index), torch.device(self.device))
             results.append(checked_output(self.name, term(levels, batch)))
         self._output = Sum.of(results)
+        if self._everyone is not None:
+            check_loss(self._graph, self.name, self._output.loss, levels._accessed, self._everyone)
+            self._everyone = None
         return self._output.loss
 
     def get_batch(self) -> Any:
@@ -194,9 +200,11 @@ class RoundEngine(betty.engine.Engine):
             The metrics of the last round, as `mlo.Engine.run`; empty if none was played.
 
         Raises:
-            GraphError: a loss reads a level without an edge, or returns no number.
+            MloError: something else than a callback.
+            GraphError: a loss does not read what its edges declare (found in its first step), or returns no number.
             DivergenceError: a loss is no longer finite.
         """
+        check_callbacks(callbacks)
         metrics: dict[str, float] = {}
         self.train()
         with ExitStack() as stack:

@@ -46,7 +46,7 @@ class Network(torch.nn.Module):
 def hypergradient(estimator, *, function=torch.tanh, nested=False, wrap=lambda module: module):
     torch.manual_seed(0)
     names = ("low", "middle", "top") if nested else ("low", "top")
-    modules = {name: wrap(Network(function).double()) for name in names}
+    modules = {name: wrap(Network(function)).double() for name in names}
     reads = {"low": names[1:], "middle": ("low", "top"), "top": names[:-1]}
     data = [torch.randn(2, 6, 4, dtype=torch.float64).unbind() for _ in range(2)]
 
@@ -57,7 +57,7 @@ def hypergradient(estimator, *, function=torch.tanh, nested=False, wrap=lambda m
             fit(name, reads[name]),
             torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.1),
             data,
-            hypergradient=estimator,
+            hypergradient=estimator[name] if isinstance(estimator, dict) else estimator,
             steps=2,
         )
         for name, module in modules.items()
@@ -108,6 +108,24 @@ def test_the_others_say_what_to_do(estimator):
         hypergradient(estimator, wrap=lambda module: torch.compile(module, backend="aot_eager"))
     with pytest.raises(mlo.MloError, match=expected):
         hypergradient(estimator, function=Once.apply)
+
+
+def test_what_is_said_of_batch_normalization_in_a_nest_helps():
+    """In training mode it has two derivatives; unrolling within unrolling needs three."""
+
+    def go(low, middle):
+        estimators = {"low": low, "middle": middle, "top": mlo.FirstOrder()}
+        return hypergradient(
+            estimators, nested=True, wrap=lambda module: torch.nn.Sequential(module, torch.nn.BatchNorm1d(4))
+        )
+
+    expected = (
+        r"level 'middle': .* three times; .*mlo.FiniteDifference\(\) for the levels inside \(low\), .*mlo.Penalty"
+    )
+    with pytest.raises(mlo.MloError, match=expected):
+        go(mlo.Unroll(), mlo.Unroll())
+    assert go(mlo.FiniteDifference(), mlo.Unroll()).isfinite().all()
+    assert go(mlo.Unroll(), mlo.Penalty(steps=4)).isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

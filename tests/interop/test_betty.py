@@ -286,6 +286,23 @@ def test_a_loss_may_read_only_what_its_edges_declare():
         betty_engine(mlo.Graph(secret, graph.edges[1:]), rounds=1, device="cpu").run()
 
 
+@pytest.mark.parametrize(
+    ("loss", "declared", "message"),
+    [
+        (lambda levels, a: levels.w().square().sum(), True, r"edge 'a' -> 'w': .* one call of it read w\."),
+        (lambda levels, a: levels.a().detach().sum(), True, "the loss of level 'w': .* found one without a gradient"),
+        (lambda levels, a: levels.w() @ a.w, False, "depends on the variables of level 'a' without an edge"),
+    ],
+)
+def test_a_loss_must_depend_on_what_its_edges_declare(loss, declared, message):
+    graph = bilevel(mlo.FirstOrder())
+    w, a = graph["w"], graph["a"]
+    other = mlo.Problem("w", w.module, lambda levels, batch: loss(levels, a.module), w.optimizer, None)
+    edges = [edge for edge in graph.edges if declared or edge.target != "w"]
+    with pytest.raises(mlo.GraphError, match=message):
+        betty_engine(mlo.Graph([other, a], edges), rounds=1, device="cpu").run()
+
+
 @pytest.mark.parametrize("rounds", [0, 2.5])
 def test_rounds_are_checked(rounds):
     with pytest.raises(mlo.MloError, match=f"rounds: expected a whole number of at least 1; found {rounds}"):
