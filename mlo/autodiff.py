@@ -164,7 +164,8 @@ class LossCall:
             double_backward: whether the result will be differentiated twice, which not every attention kernel can be.
             record: takes notes of the calls of other levels' modules.
             replay: gives kept calls back where nothing has changed.
-            accessed: receives the names that the loss read.
+            accessed: receives the names that the loss read; compiled modules are left out, for what is compiled under
+                the hooks of a first look would be compiled again without them.
             only: leave terms of the loss out that were seen to read none of these levels.
 
         Returns:
@@ -182,7 +183,8 @@ class LossCall:
                 return LevelView(level.module, replay.player(name, level.module, used))
             if name != self.level and record is not None:
                 return LevelView(level.module, record.recorder(name, level.parts))
-            return LevelView(level.module, level.module) if double_backward else level.view
+            as_it_is = double_backward or accessed is not None
+            return LevelView(level.module, level.module) if as_it_is else level.view
 
         views = {name: view(name) for name in own.names}
         terms = own.terms if self.objective is None else (self.objective,)

@@ -8,12 +8,16 @@ from torch.nn import functional
 
 import mlo
 from mlo.cli import main
+from mlo.compilation import compiled
+from problems.search_spaces.evaluation import EvaluationNetwork
+from problems.search_spaces.genotypes import PUBLISHED
+from problems.search_spaces.recomputation import Recomputed
 
 # The compiler's own warning.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
-def engine(compiled, estimator=None):
+def engine(which, estimator=None):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
     gate = nn.Linear(1, 3).double()
@@ -32,7 +36,7 @@ def engine(compiled, estimator=None):
         mlo.Problem("gate", gate, gate_loss, adam, data),
     ]
     graph = mlo.Graph(levels, [mlo.Edge("gate", "net"), mlo.Edge("net", "gate")])
-    return mlo.Engine(graph, seed=0, device="cpu", compile=compiled)
+    return mlo.Engine(graph, seed=0, device="cpu", compile=which)
 
 
 @pytest.fixture(autouse=True)
@@ -71,12 +75,47 @@ def test_levels_by_name(calls):
         engine(["gat"])
 
 
+def test_an_evaluation_network_is_not_compiled_anew_for_each_drop_path_probability(calls):
+    """It rises with every round."""
+    network = EvaluationNetwork(PUBLISHED["PDARTS"], num_classes=3, channels=2, num_cells=3, in_channels=1)
+    x, called = torch.randn(4, 1, 8, 8), compiled(network)
+    counts = []
+    for probability in (0.0, 0.1, 0.2, 0.3, 0.4):
+        torch.manual_seed(0)
+        found = called(x, probability).main
+        torch.manual_seed(0)
+        assert torch.equal(found, network(x, probability).main)
+        counts.append(len(calls))
+    assert counts[1] == counts[-1] > 0
+
+
+def test_what_is_recomputed_is_not_compiled(calls):
+    """Dynamo would warn of what it cannot trace."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return 2 * Recomputed(self.layer)(3 * x)
+
+    module, x = Scaled(), torch.randn(4, 3)
+    found, expected = compiled(module)(x), module(x)
+    assert torch.equal(found, expected)
+    assert calls
+    assert not any(torch.nn.functional.linear is node.target for graph in calls for node in graph.graph.nodes)
+    found.sum().backward()
+    assert module.layer.weight.grad.abs().sum() > 0
+
+
 def test_checks_do_without(calls):
     made = engine(True, mlo.Unroll())
-    made.run(0, progress=False)  # which traces the losses
-    traced = len(calls)
+    made.run(0, progress=False)  # which looks at the losses for the first time
     assert made.check(progress=False).passed
-    assert len(calls) == traced > 0
+    assert not calls
+    made.run(1, progress=False)
+    assert calls
 
 
 def test_levels_named_in_a_recipe_are_those_of_its_search(calls, tmp_path):

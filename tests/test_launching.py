@@ -43,7 +43,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "supernet.layers=many"], 'supernet.layers: found "many"'),
+        (["--set", "supernet.num_cells=many"], 'supernet.num_cells: found "many"'),
         (["--engine", "betty"], "engine: expected 'mlo' in a job of several processes; found 'betty'"),
     ],
 )

@@ -300,5 +300,6 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
     Source: FractalNet (Larsson et al. 2017), as NASNet (Zoph et al. 2018) and DARTS use it.
     """
     keep = 1 - probability
-    mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep)
-    return x * (mask / keep)
+    # Of tensors alone: a compiled module would be compiled anew for each number that it draws with.
+    mask = torch.bernoulli(x.new_ones((x.shape[0], 1, 1, 1), dtype=torch.float32) * keep)
+    return x * (mask.to(x.dtype) / keep)

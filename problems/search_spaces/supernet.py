@@ -69,6 +69,8 @@ class Architecture(nn.Module):
             self.normal_beta = nn.Parameter(1e-3 * torch.randn(space.normal_shape[0]))
             self.reduce_beta = nn.Parameter(1e-3 * torch.randn(space.reduce_shape[0]))
 
+    # Under torch.compile: a graph for each progress of the search.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, progress: float = 0.0) -> CellWeights:
         """Return what a supernet takes as its second argument.
 
