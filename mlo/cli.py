@@ -74,7 +74,7 @@ def main() -> None:
 
     \b
     Example:
-        mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
+        mlo run lbt/digits --set levels.teacher.hypergradient.kind=finite_difference
     """  # noqa: D301 - click's marker
 
 
@@ -119,7 +119,7 @@ def run(
     \b
     Example:
         mlo run lbt/digits --seed 1 --output runs/first
-        mlo run lbt/digits --set levels.teacher.hypergradient.kind=unroll
+        mlo run lbt/digits --set levels.teacher.hypergradient.kind=finite_difference
         mlo run darts/digits-first --engine betty
     """  # noqa: D301
     short = {"seed": seed, "device": device, "rounds": rounds, "engine": engine}
@@ -221,7 +221,7 @@ def check(*, recipe: str, overrides: tuple[str, ...], directions: int, seed: int
 
     \b
     Example:
-        mlo check lbt/digits --set levels.teacher.hypergradient.kind=unroll
+        mlo check lbt/digits --set levels.teacher.hypergradient.kind=finite_difference
         mlo check lbt/digits --directions 2 --set supernet.channels=2 --set student.width=2 --set batch_size=16
     """  # noqa: D301
     loaded = _load(recipe, (*overrides, *((f"seed={seed}",) if seed is not None else ())))

@@ -440,12 +440,10 @@ class Step:
                     f"derivatives (BatchNorm in training mode has none), or mlo.Penalty() for this one"
                 )
             else:
-                often, mend = (
-                    "twice",
-                    (
-                        "Choose an estimator of first derivatives for the level: mlo.Penalty(), or outside a nest "
-                        "mlo.FiniteDifference() or mlo.SAMA()"
-                    ),
+                often = "twice"
+                mend = (
+                    "Choose an estimator of first derivatives for the level: mlo.Penalty(), or outside a nest "
+                    "mlo.FiniteDifference() or mlo.SAMA()"
                 )
             raise MloError(
                 f"level {self.level!r}: expected a loss that can be differentiated {often}; found one that cannot "

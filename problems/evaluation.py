@@ -16,6 +16,7 @@ from torch.nn import functional
 import mlo
 from mlo.recipes import LevelRecipe, RecipePart
 from problems.data import Splits, loader
+from problems.data.recipes import BatchSize
 from problems.lbt import accuracy
 from problems.search_spaces import EvaluationNetwork, Genotype
 from problems.search_spaces.stems import Stem
@@ -28,7 +29,7 @@ class EvaluationRecipe(RecipePart):
         channels: of the first cells.
         num_cells: cells.
         epochs: passes over the labelled images.
-        batch_size: images in a batch; a step sees `network.micro_batches` batches.
+        batch_size: images in a batch, at least 2; a step sees `network.micro_batches` batches.
         stem: `cifar` keeps the resolution of the images, `imagenet` divides it by 8.
         auxiliary_weight: of the auxiliary head's loss; 0 for no head.
         drop_path: probability at the end of training, rising from 0 with the progress of the run.
@@ -41,7 +42,7 @@ class EvaluationRecipe(RecipePart):
     channels: PositiveInt
     num_cells: PositiveInt
     epochs: PositiveInt
-    batch_size: PositiveInt
+    batch_size: BatchSize
     stem: Stem = "cifar"
     auxiliary_weight: NonNegativeFloat = 0.4
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2

@@ -22,6 +22,7 @@ from mlo.recipes import Recipe
 from mlo.runs import Experiment, Run, write_json
 from mlo.tracking import read_metrics
 from problems.data import DataRecipe, DigitsRecipe, Splits
+from problems.data.recipes import BatchSize
 from problems.evaluation import EvaluationRecipe, evaluation_graph
 from problems.measures import num_parameters, predict
 from problems.report import draw_curves, write_report
@@ -36,7 +37,7 @@ class SearchRecipe(Recipe):
 
     Attributes:
         data: the images.
-        batch_size: images of each kind in a batch.
+        batch_size: images of each kind in a batch, at least 2.
         space: the search space.
         supernet: the relaxed network.
         stop_at_skips: end the search as soon as the normal cell has so many skip-connections (DARTS+), or None.
@@ -45,7 +46,7 @@ class SearchRecipe(Recipe):
     """
 
     data: DataRecipe = DigitsRecipe()
-    batch_size: PositiveInt
+    batch_size: BatchSize
     space: SpaceRecipe = DARTSRecipe()
     supernet: SupernetRecipe
     stop_at_skips: PositiveInt | None = None

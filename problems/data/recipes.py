@@ -13,6 +13,8 @@ from problems.data.folders import SUBSETS, image_folder, imagenet
 from problems.data.splits import Fractions, Splits
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+BatchSize = Annotated[int, Field(ge=2)]
+"""Of training: the networks normalize over a batch."""
 
 
 class DigitsRecipe(RecipePart):

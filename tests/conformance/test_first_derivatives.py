@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 FIRST = [mlo.FirstOrder(), mlo.FiniteDifference(), mlo.SAMA(), mlo.Penalty(steps=4)]
+MIXED = {"low": FIRST[1], "middle": FIRST[-1], "top": FIRST[0]}
 SECOND = [mlo.Unroll(), mlo.ConjugateGradient(), mlo.Neumann(terms=2), mlo.Nystrom()]
 
 
@@ -68,9 +69,11 @@ def hypergradient(estimator, *, function=torch.tanh, nested=False, wrap=lambda m
     return flat(engine.hypergradient("top").values())
 
 
-@pytest.mark.parametrize(("estimator", "nested"), [*((e, False) for e in FIRST), (FIRST[-1], True)], ids=repr)
+@pytest.mark.parametrize(
+    ("estimator", "nested"), [*((e, False) for e in FIRST), (FIRST[-1], True), (MIXED, True)], ids=repr
+)
 def test_estimators_of_first_derivatives(estimator, nested):
-    """`Penalty` at any depth; the differences of the others are replaced by exact products in a nest."""
+    """`Penalty` at any depth; the differences of the others are replaced by exact products where levels are inside."""
     expected = hypergradient(estimator, nested=nested)
     assert relative_error(hypergradient(estimator, function=Once.apply, nested=nested), expected) < 1e-12
 
