@@ -174,6 +174,12 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
     assert {m.library for m in benchmark.installed()} == {"", "mlo"}
 
 
+def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm():
+    figure = line_chart({"a": [(1.0, 0.0), (2.0, 3.0)]}, "x", "y", logarithmic=(True, True))
+    (line,) = figure.axes[0].lines
+    assert list(line.get_ydata()) == pytest.approx([math.nan, 3.0], nan_ok=True)
+
+
 def test_output_fills_the_marked_part(tmp_path, capsys, monkeypatch):
     path = tmp_path / "speed.md"
     path.write_text(f"# Speed\n\nbefore\n\n{BEGIN}\n{END}\n\nafter\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import subprocess
@@ -134,7 +135,7 @@ def line_chart(
         series: points of each, ascending in x.
         x: label of the axis.
         y: label of the axis.
-        logarithmic: the axis of x, the axis of y.
+        logarithmic: the axis of x, the axis of y; values of y that have no logarithm are left out.
         bands: lower and upper ends of what is shaded around the points.
     """
     figure = Figure((7.2, 3.8), facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
@@ -143,6 +144,8 @@ def line_chart(
         if not points:
             continue
         places, values = zip(*points, strict=True)
+        if logarithmic[1]:
+            values = tuple(value if value > 0 else math.nan for value in values)
         few = len(points) < 20
         axes.plot(places, values, color=color, lw=1.5, marker="o" if few else "", ms=3.5, label=name)
         if bands is not None:
