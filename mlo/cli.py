@@ -174,13 +174,13 @@ def resume_command(folder: Path, launch: int | None, quiet: bool) -> None:
         mlo resume runs/first
     """  # noqa: D301
     found = resume(folder, _load, progress=not quiet)
-    start_processes(launch)
     if found.finished:
         if found.is_first:
             _experiment(found.recipe).report(found)
             click.echo(f"{folder}: this run is finished; nothing to do.")
             _show(found.result(), folder)
         return
+    start_processes(launch)
     _execute(found, _experiment(found.recipe))
 
 

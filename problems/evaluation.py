@@ -15,8 +15,7 @@ from torch.nn import functional
 
 import mlo
 from mlo.recipes import LevelRecipe, RecipePart
-from problems.data import Splits, loader
-from problems.data.recipes import BatchSize
+from problems.data import BatchSize, Splits, loader
 from problems.lbt import accuracy
 from problems.search_spaces import EvaluationNetwork, Genotype
 from problems.search_spaces.stems import Stem

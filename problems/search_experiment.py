@@ -21,8 +21,7 @@ from mlo.randomness import random_key
 from mlo.recipes import Recipe
 from mlo.runs import Experiment, Run, write_json
 from mlo.tracking import read_metrics
-from problems.data import DataRecipe, DigitsRecipe, Splits
-from problems.data.recipes import BatchSize
+from problems.data import BatchSize, DataRecipe, DigitsRecipe, Splits
 from problems.evaluation import EvaluationRecipe, evaluation_graph
 from problems.measures import num_parameters, predict
 from problems.report import draw_curves, write_report

@@ -10,6 +10,7 @@ from problems.data.folders import image_folder, imagenet
 from problems.data.images import NO_LABEL, Batch, ImageFiles, Images, LabelledImages, Transformed
 from problems.data.loading import Loader, Together, loader
 from problems.data.recipes import (
+    BatchSize,
     CIFAR10Recipe,
     CIFAR100Recipe,
     DataRecipe,
@@ -23,6 +24,7 @@ from problems.data.transforms import Cutout, Preprocessing
 __all__ = [
     "NO_LABEL",
     "Batch",
+    "BatchSize",
     "CIFAR10Recipe",
     "CIFAR100Recipe",
     "Cutout",
