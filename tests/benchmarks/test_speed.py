@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ from problems.search_spaces.cells import SearchCell
 
 from .speed import cleaning, depth, lbt_step, overhead, unrolling
 from .speed.__main__ import BEGIN, BENCHMARKS, END, main, run, write
-from .speed.memory import MEASURABLE, peak, peak_here
+from .speed.memory import MEASURABLE, peak
 from .speed.report import Benchmark, agree, line_chart
 from .speed.timing import Measured, Method, measure, of
 
@@ -91,6 +93,22 @@ def test_passes_of_a_step(name, teacher, student):
     assert counts == (teacher, student)
 
 
+def test_what_does_not_fit_into_memory_is_left_out_and_named(monkeypatch):
+    methods = [m for m in lbt_step.methods("lbt") if m.name in ("mlo", "mlo, plain supernet")]
+    peaks = {"mlo": 2048.0, "mlo, plain supernet": 3072.0}
+    monkeypatch.setattr(lbt_step, "SIZES", {**lbt_step.SIZES, 3: (4, 3, 4, 8), 4: (4, 3, 16, 8)})
+    monkeypatch.setattr(lbt_step, "peak", lambda method, size, smallest: (peaks[method.name], ""))
+    monkeypatch.setattr(lbt_step, "available", lambda: 10240.0)
+    text = lbt_step.run("lbt", 4, methods, quick=False).text
+    assert rows(text, "mlo, plain supernet") == [[" - [1] ", " "]]
+    assert "1. mlo, plain supernet: left out: 12 GiB to be expected, from 3.0 with 4 images; 10 GiB available" in text
+    assert [cells[1] for cells in rows(text, "mlo |")] == [" 1.00 (1.00 to 1.00) "]
+    assert "MiB, beside the networks: mlo 2048." in text
+    monkeypatch.setattr(lbt_step, "available", lambda: 1024.0)
+    text = lbt_step.run("lbt", 4, methods, quick=False).text  # nor does what the others are compared with
+    assert len([line for line in text.splitlines() if "GiB to be expected" in line]) == 2
+
+
 def test_unrolling_measures_time_and_memory():
     methods = {m.name: m for m in unrolling.METHODS}
     assert unrolling.check([methods["TorchOpt MetaSGD"], methods["mlo Unroll(checkpoint=True)"]], 5) < 1e-9
@@ -131,6 +149,10 @@ def fails(size):
     raise ValueError("AdamW is not\nsupported")
 
 
+def killed(size):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def needs(size):
     return lambda num: bytearray(num * size << 20)
 
@@ -162,9 +184,16 @@ def test_methods_take_turns_and_leave_at_the_cap(monkeypatch):
 
 
 def test_peak_memory_is_that_of_the_work():
-    found, error = peak_here(Method("big", "", needs), 64, 1) if MEASURABLE else peak(Method("big", "", needs), 64, 1)
+    found, error = peak(Method("big", "", needs), 64, 1)
     assert not error
     assert found == (pytest.approx(64, abs=3) if MEASURABLE else None)
+
+
+@pytest.mark.skipif(not MEASURABLE, reason="there is no peak where the system does not tell it")
+def test_a_process_that_is_killed_for_its_memory_is_an_error():
+    found, error = peak(Method("killed", "", killed), 64, 1)
+    assert found is None
+    assert error.startswith("BrokenProcessPool: ")
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):

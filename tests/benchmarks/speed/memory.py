@@ -28,6 +28,12 @@ def resident(line: str) -> float:
     return int(next(text for text in lines if text.startswith(f"{line}:")).split()[1]) / 1024
 
 
+def available() -> float:
+    """Return how many MiB new work can have before the machine runs out of memory."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(next(text for text in lines if text.startswith("MemAvailable:")).split()[1]) / 1024
+
+
 def peak_here(method: Method, size: int, smallest: int) -> tuple[float | None, str]:
     """Return how many MiB this process needs above what it holds when all is built, and an error, if any."""
     torch.set_num_threads(1)
@@ -43,8 +49,12 @@ def peak_here(method: Method, size: int, smallest: int) -> tuple[float | None, s
 
 
 def peak(method: Method, size: int, smallest: int) -> tuple[float | None, str]:
-    """Return the same of a new process; None without an error where this machine cannot measure it."""
+    """Return the same of a new process; None without an error where this machine cannot measure it.
+
+    A process that the system kills for its memory gives the error of the pool.
+    """
     if not MEASURABLE:
         return None, ""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_here, method, size, smallest).result()
+        found, error = guarded(pool.submit(peak_here, method, size, smallest).result)
+    return (None, error) if error else found

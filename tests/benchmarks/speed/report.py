@@ -94,10 +94,11 @@ def ratio_table(methods: Sequence[Method], found: Sequence[Measured], size: int,
         one = of(found, method.name, size)
         mark = f" {notes.mark(f'{method.name}: {method.note}')}" if method.note else ""
         if one.error:
-            lines.append(f"| {method.name}{mark} | error {notes.mark(f'{method.name}: `{one.error}`')} | |")
+            lines.append(f"| {method.name}{mark} | - {notes.mark(f'{method.name}: {one.error}')} | |")
         else:
             milliseconds = spread([1000 * s for s in one.seconds])
-            lines.append(f"| {method.name}{mark} | {milliseconds} | {spread(one.ratios(reference), '.2f')} |")
+            ratio = spread(one.ratios(reference), ".2f") if not reference.error else ""
+            lines.append(f"| {method.name}{mark} | {milliseconds} | {ratio} |")
     return lines
 
 
