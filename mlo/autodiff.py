@@ -560,6 +560,7 @@ def split(flat: Gradient, sizes: Mapping[str, int]) -> dict[str, Gradient]:
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _DOUBLE = (torch.float64, torch.complex128)
 _SMALL = 1 << 14  # entries; to copy as many takes less time than one more operation
+_PIECE = 1 << 17  # entries; in double precision a CPU copies them within its caches
 
 
 def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
@@ -576,7 +577,7 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
     if not differentiable and all(t.dtype in _SINGLE for t in present) and present[0].device.type != "mps":
         small = [t.reshape(-1) for t in present if t.numel() <= _SMALL]
-        large = [t for t in present if t.numel() > _SMALL]
+        large = [piece for t in present if t.numel() > _SMALL for piece in _pieces(t)]
         lengths = list(torch._foreach_norm(large, 2, dtype=torch.float64)) if large else []
         if small:
             lengths.append(torch.linalg.vector_norm(torch.cat(small), dtype=torch.float64))
@@ -595,6 +596,12 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     square = reduced(squares.sum(), "SUM", group)
     positive = square > 0  # the square root has no derivative at 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) * unit
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Return all entries, in the order of memory, in pieces that are cast one by one: no copy of the whole is made."""
+    in_memory = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(in_memory).reshape(-1).split(_PIECE)
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
