@@ -601,7 +601,7 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     """Return all entries, in the order of memory, in pieces that are cast one by one: no copy of the whole is made."""
     in_memory = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(in_memory).reshape(-1).split(_PIECE)
+    return torch.split(tensor.permute(in_memory).reshape(-1), _PIECE)
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
