@@ -89,6 +89,12 @@ class Level:
         object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
 
+    def computing(self, **changes: Any) -> Level:
+        """Return the level with other functions of the same module; what is known of its buffers stays known."""
+        level = replace(self, **changes)
+        object.__setattr__(level, "buffers", self.buffers)
+        return level
+
 
 @dataclass(frozen=True)
 class LossCall:

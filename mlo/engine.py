@@ -355,6 +355,7 @@ class Engine:
     def _play_round(self) -> dict[str, float]:
         started = time.perf_counter()
         self._tallies = {}
+        self._journal.figures.clear()  # of a round that was broken off
         self._diagnosing = self._diagnostics_every is not None and self.rounds_done % self._diagnostics_every == 0
         for name in self.graph.structure.tops:
             self._begin(name)
@@ -544,8 +545,7 @@ class Engine:
         """Compute everything in float64 within the block, with a journal of its own."""
         levels, backend, journal = self._levels, self._backend, self._journal
         self._levels = {
-            name: replace(
-                level,
+            name: level.computing(
                 terms=tuple(map(in_float64, level.terms)),
                 hyperparameters={key: in_float64(f) for key, f in level.hyperparameters.items()},
                 compiled=None,
@@ -619,7 +619,10 @@ class Engine:
                 )
 
     def _trace(self) -> None:
-        """Find out, once, whether the losses read what the edges declare."""
+        """Find out, once, whether the losses read what the edges declare; and whether variables are still the same."""
+        for name, level in self._levels.items():
+            if not is_sharded(level.module):  # those are laid out anew by FSDP
+                level.variables.check_unchanged(name, level.module)
         if not self._traced:
             with self._at_work():
                 trace(self.graph, self._levels, self._states, self._progress(), self._backend)

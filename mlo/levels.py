@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mlo.errors import GraphError
+from mlo.errors import GraphError, MloError
 from mlo.synchronized import SynchronizedBatchNorm
 
 Tensors = tuple[Tensor, ...]
@@ -48,6 +48,21 @@ class Variables:
             for key, p in owner._parameters.items():
                 if p is not None and id(p) in index:
                     self._slots.append((owner._parameters, key, index[id(p)]))
+
+    def check_unchanged(self, level: str, module: nn.Module) -> None:
+        """Refuse a module whose trainable parameters are no longer these.
+
+        Raises:
+            MloError: one was replaced, frozen, unfrozen, added or taken away.
+        """
+        now = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        before = dict(zip(self.names, self.parameters, strict=True))
+        changed = [name for name in {**before, **now} if before.get(name) is not now.get(name)]
+        if changed:
+            raise MloError(
+                f"level {level!r}: expected the trainable parameters that the engine was built with; found that "
+                f"{', '.join(changed)} changed. Make a new mlo.Engine after replacing, freezing or unfreezing them."
+            )
 
     @property
     def tensors(self) -> Tensors:

@@ -304,6 +304,42 @@ class Centred(Vector):
         return centred
 
 
+def test_statistics_that_a_loss_reads_are_those_of_the_step():
+    """A level in a nest is read in evaluation mode, and its statistics move between the steps that read it."""
+    torch.manual_seed(0)
+    modules = {
+        "u": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.5), nn.Linear(4, 1)),
+        "q": nn.Linear(3, 1),
+        "t": nn.Linear(3, 1),
+    }
+    data = {name: [(torch.randn(8, 3) * (i + 1), torch.randn(8, 1)) for i in range(4)] for name in modules}
+
+    def u_loss(levels, batch):
+        return (levels.u(batch[0]) - batch[1] - levels.q(batch[0])).square().mean()
+
+    def q_loss(levels, batch):
+        levels.u.eval()
+        output = levels.u(batch[0])
+        levels.u.train()
+        return (output * levels.q(batch[0]) - batch[1] - levels.t(batch[0])).square().mean()
+
+    def t_loss(levels, batch):
+        return (levels.q(batch[0]) - batch[1]).square().mean()
+
+    losses, steps = {"u": u_loss, "q": q_loss, "t": t_loss}, {"q": 3}
+    levels = [
+        mlo.Problem(name, module.double(), losses[name], torch.optim.SGD(module.parameters(), lr=0.02),
+                    [(x.double(), y.double()) for x, y in data[name]], steps=steps.get(name, 1),
+                    hypergradient=mlo.FirstOrder() if name == "u" else mlo.Unroll())
+        for name, module in modules.items()
+    ]  # fmt: skip
+    edges = [mlo.Edge("q", "u"), mlo.Edge("u", "q"), mlo.Edge("t", "q"), mlo.Edge("q", "t")]
+    engine = mlo.Engine(mlo.Graph(levels, edges), device="cpu")
+    engine.run(2, progress=False)
+    check = only(engine.check("t", progress=False))
+    assert check.verdict == "exact", check
+
+
 def test_buffers_count_as_constant():
     losses = {
         "low": lambda levels, batch: ((levels.low() - levels.up.w.tanh()) ** 2).sum(),

@@ -32,6 +32,36 @@ def test_queries_leave_no_trace(estimator, rollback):
         assert_same_state(state_of(queried), state_of(plain))
 
 
+def _replace(module):
+    name, parameter = next(iter(module.named_parameters()))
+    owner, _, key = name.rpartition(".")
+    setattr(module.get_submodule(owner), key, nn.Parameter(parameter.detach().clone()))
+
+
+@pytest.mark.parametrize("change", [_replace, lambda module: next(module.parameters()).requires_grad_(False)])
+@pytest.mark.parametrize("use", ["run", "hypergradient", "check"])
+def test_parameters_that_changed_after_the_engine_was_made_are_named(change, use):
+    engine = three_levels()
+    engine.run(1, progress=False)
+    module = engine.graph["student"].module
+    name = next(iter(module.named_parameters()))[0]
+    change(module)
+    calls = {
+        "run": lambda: engine.run(1, progress=False),
+        "hypergradient": lambda: engine.hypergradient("gate"),
+        "check": lambda: engine.check("gate", progress=False),
+    }
+    with pytest.raises(mlo.MloError, match=rf"level 'student': .* found that {name} changed\. Make a new mlo.Engine"):
+        calls[use]()
+
+
+def test_figures_of_a_round_that_was_broken_off_are_not_those_of_the_next():
+    engine = three_levels(estimator=mlo.FiniteDifference())
+    engine.run(1, progress=False)
+    engine._journal.figures.append(("student", "left_over", 1.0))
+    assert "student.left_over" not in engine.run(1, progress=False)
+
+
 def test_the_callers_generators_and_gradients_are_left_alone():
     engine = three_levels()
     for problem in engine.graph.levels:

@@ -40,7 +40,7 @@ def depthwise(x: Tensor, kernels: Tensor, stride: int = 1, dilation: int = 1) ->
     kind = x.device.type
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):  # it does not reach what is below
         lower = torch.get_autocast_dtype(kind)
-        x, kernels = x.to(lower), kernels.to(lower)
+        x, kernels = (t if t.dtype == torch.float64 else t.to(lower) for t in (x, kernels))
     if kernels.is_leaf:  # see `_wanted`
         kernels = kernels.view_as(kernels)
     return _apply(_Convolve, x, kernels, (stride, dilation))

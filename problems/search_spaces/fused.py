@@ -70,9 +70,10 @@ class FusedCell(SearchCell):
         self._look_over()
 
     def _settings(self) -> list[Any]:
-        """Return what the edges consist of, or nothing where one is of another class."""
+        """Return what the edges consist of, or nothing where one is of another class or not like the others."""
         edges: list[Any] = list(self.edges)
-        if not all(type(edge) in (MixedOperation, PartialOperation) for edge in edges):
+        kinds = {(type(edge), getattr(edge, "k", 1)) for edge in edges}
+        if len(kinds) != 1 or next(iter(kinds))[0] not in (MixedOperation, PartialOperation):
             return []
         averages = [[settings_of(part) for part in edge.modules() if isinstance(part, nn.AvgPool2d)] for edge in edges]
         return [(edge.primitives, str(edge), own) for edge, own in zip(edges, averages, strict=True)]
@@ -82,6 +83,7 @@ class FusedCell(SearchCell):
         owners = list(self.edges.modules())
         self._parts: list[tuple[Any, str, Any]] = [(self._modules, "edges", self.edges)]
         self._parts += [(owner._modules, name, part) for owner in owners for name, part in owner._modules.items()]
+        self._sizes = [(owner._modules, len(owner._modules)) for owner in owners]
         normalizing = nn.modules.batchnorm._BatchNorm
         self._norms = [part for _, _, part in self._parts if isinstance(part, normalizing)]
         self._hooks = [  # not those of normalizations
@@ -106,10 +108,13 @@ class FusedCell(SearchCell):
         states: Any = None,
     ) -> Tensor:
         """As `SearchCell.forward`."""
-        if any(container.get(name) is not part for container, name, part in self._parts):
+        if any(len(container) != size for container, size in self._sizes) or any(
+            container.get(name) is not part for container, name, part in self._parts
+        ):
             self._look_over()
         sampled = states is not None and any(state.chosen is not None for state in states)
-        if sampled or not self.fusable or any(self._hooks) or not are_alike(self._norms):
+        hooked = any(self._hooks) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        if sampled or not self.fusable or hooked or not are_alike(self._norms):
             return super().forward(before_last, last, weights, edge_weights, states)
         running_mean = self._norms[0].running_mean if self._norms else None
         if running_mean is not None:  # scales are of the same numbers
@@ -270,7 +275,7 @@ class _Source:
         self.stride = stride
         self.statistics = statistics
         # A CPU gains by groups as long as its caches hold them.
-        self.num_grouped = max(1, _CACHED // x.numel()) if x.device.type == "cpu" else 1 << 30
+        self.num_grouped = max(1, _CACHED // max(1, x.numel())) if x.device.type == "cpu" else 1 << 30
         self.images: dict[int, Images] = {}
         self.products: list[tuple[_Edge, Tensor, Tensor]] = []
         self.found: dict[tuple[bool, tuple[int, ...]], tuple[Sequence[_Edge], Tensor]] = {}

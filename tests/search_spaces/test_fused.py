@@ -143,6 +143,10 @@ def _hook(cell):
     cell.edges[0].operations["sep_conv_3x3"].register_forward_hook(lambda module, args, output: 2 * output)
 
 
+def _longer(cell):
+    cell.edges[0].operations["sep_conv_3x3"].append(nn.LeakyReLU(-0.5))
+
+
 def _pruned(cell):
     conv = prune.random_unstructured(cell.edges[0].operations["sep_conv_3x3"][1], "weight", 0.5)
     conv.weight_orig.data.mul_(3)  # the weight is made of it when the convolution is called
@@ -157,6 +161,7 @@ CHANGES = {
     "new edges": _new_edges,
     "order": _another_order,
     "hook": _hook,
+    "longer": _longer,
     "pruned": _pruned,
 }  # fmt: skip
 
@@ -173,6 +178,39 @@ def test_changed_modules_do_what_they_do_in_the_plain_cell(change, training):
         cell.train(training)
     fast.load_state_dict(plain.state_dict())
     torch.testing.assert_close(fast(*inputs), plain(*inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_on_all_modules_are_called():
+    plain, fast = pair(CellShape((4, 4), 4, False, False), DARTS.normal, MixedOperation)
+    inputs = *torch.randn(2, 2, 4, 6, 6).double(), torch.rand(14, 8).double()
+
+    def doubled(module, args, output):
+        return 2 * output if isinstance(module, nn.Conv2d) and module.groups > 1 else None
+
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        torch.testing.assert_close(fast(*inputs), plain(*inputs), rtol=1e-9, atol=1e-9)
+    finally:
+        handle.remove()
+
+
+def test_edges_that_are_not_alike_take_the_plain_way():
+    def operation(primitives, channels, stride, **options):
+        kind = partial(PartialOperation, k=2) if stride == 1 else MixedOperation
+        return kind(primitives, channels, stride, **options)
+
+    torch.manual_seed(0)
+    plain, fast = (Supernet(3, 4, 3, operation=operation, cell=cell).double() for cell in (SearchCell, FusedCell))
+    fast.load_state_dict(plain.state_dict())
+    images, architecture = torch.randn(2, 3, 8, 8).double(), Architecture().double()
+    torch.testing.assert_close(fast(images, architecture()), plain(images, architecture()), rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_leaves_float64_alone():
+    plain, fast = pair(CellShape((4, 4), 4, False, False), DARTS.normal, MixedOperation)
+    inputs = *torch.randn(2, 2, 4, 6, 6).double(), torch.rand(14, 8).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(*inputs), plain(*inputs), rtol=1e-9, atol=1e-9)
 
 
 def test_weights_of_another_dtype():
