@@ -79,13 +79,11 @@ class FusedCell(SearchCell):
         return [(edge.primitives, str(edge), own) for edge, own in zip(edges, averages, strict=True)]
 
     def _look_over(self) -> None:
-        """Find out whether the edges can be computed together, and how; anew whenever a module has been replaced."""
+        """Find out whether the edges can be computed together, and how; anew whenever modules have changed."""
         owners = list(self.edges.modules())
-        self._parts: list[tuple[Any, str, Any]] = [(self._modules, "edges", self.edges)]
-        self._parts += [(owner._modules, name, part) for owner in owners for name, part in owner._modules.items()]
-        self._sizes = [(owner._modules, len(owner._modules)) for owner in owners]
+        self._held = [(owner._modules, dict(owner._modules)) for owner in (self, *owners)]
         normalizing = nn.modules.batchnorm._BatchNorm
-        self._norms = [part for _, _, part in self._parts if isinstance(part, normalizing)]
+        self._norms = [part for part in owners if isinstance(part, normalizing)]
         self._hooks = [  # not those of normalizations
             hooks
             for owner in owners
@@ -108,9 +106,7 @@ class FusedCell(SearchCell):
         states: Any = None,
     ) -> Tensor:
         """As `SearchCell.forward`."""
-        if any(len(container) != size for container, size in self._sizes) or any(
-            container.get(name) is not part for container, name, part in self._parts
-        ):
+        if any(present != held for present, held in self._held):
             self._look_over()
         sampled = states is not None and any(state.chosen is not None for state in states)
         hooked = any(self._hooks) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -189,11 +189,10 @@ def test_peak_memory_is_that_of_the_work():
     assert found == (pytest.approx(64, abs=3) if MEASURABLE else None)
 
 
-@pytest.mark.skipif(not MEASURABLE, reason="there is no peak where the system does not tell it")
 def test_a_process_that_is_killed_for_its_memory_is_an_error():
     found, error = peak(Method("killed", "", killed), 64, 1)
     assert found is None
-    assert error.startswith("BrokenProcessPool: ")
+    assert error.startswith("BrokenProcessPool: ") if MEASURABLE else not error  # no process is started there
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):

@@ -22,16 +22,20 @@ PROCESS = Path("/proc/self")
 MEASURABLE = (PROCESS / "clear_refs").exists()
 
 
+def mebibytes(path: Path, line: str) -> float:
+    """Return what a line of one of the kernel's tables says in KiB, in MiB."""
+    lines = path.read_text().splitlines()
+    return int(next(text for text in lines if text.startswith(f"{line}:")).split()[1]) / 1024
+
+
 def resident(line: str) -> float:
     """Return a line of the process' status, "VmRSS" (now) or "VmHWM" (the peak), in MiB."""
-    lines = (PROCESS / "status").read_text().splitlines()
-    return int(next(text for text in lines if text.startswith(f"{line}:")).split()[1]) / 1024
+    return mebibytes(PROCESS / "status", line)
 
 
 def available() -> float:
     """Return how many MiB new work can have before the machine runs out of memory."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(text for text in lines if text.startswith("MemAvailable:")).split()[1]) / 1024
+    return mebibytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def peak_here(method: Method, size: int, smallest: int) -> tuple[float | None, str]:
