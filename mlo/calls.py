@@ -6,7 +6,8 @@ forward pass of the levels it reads, whatever the loss is.
 
 The first evaluation is an ordinary one: the loss gets the real outputs, and only notes are taken. A call is given back
 later only where it provably is the same one: equal arguments, none of them written into since, none made from variables
-except by another kept call. Random draws of a call that is not made are skipped in all generators.
+except by another kept call; and, where several processes evaluate the loss together, the same one in each of them, as
+they would otherwise go different ways back. Random draws of a call that is not made are skipped in all generators.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlo.distributed import Group, are_equal
 from mlo.randomness import GeneratorStates, generator_states, set_generator_states
 from mlo.trees import map_tensors, tensors_in
 
@@ -88,17 +90,19 @@ class Calls:
     Args:
         device: whose random generator the calls may draw from.
         habits: of the loss, brought up to date.
+        group: the processes that evaluate the loss together; a call is given back in all of them or in none.
 
     Attributes:
         calls: those kept, in their order.
         term: the place of the term of the loss that is being evaluated.
     """
 
-    def __init__(self, device: torch.device, habits: Habits) -> None:
+    def __init__(self, device: torch.device, habits: Habits, group: Group = None) -> None:
         self.calls: list[Call] = []
         self.term = 0
         self._device = device
         self._habits = habits
+        self._group = group
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
     @property
@@ -139,18 +143,26 @@ class Calls:
         """
 
         def play(*args: Any, **kwargs: Any) -> Any:
-            for index, call in enumerate(self.calls):
-                possible = (call.level, call.term) == (level, self.term) and index not in used
-                if possible and self._same(call.arguments, (args, kwargs)):
-                    used.add(index)
-                    self._habits.misses[level] = 0
-                    if call.states is not None:
-                        set_generator_states(call.states, self._device)
-                    return self._hand_out(index, lambda output, leaf: (output if leaf is None else leaf).clone())
-            self._habits.misses[level] = self._habits.misses.get(level, 0) + 1
-            return module(*args, **kwargs)
+            index = self._find(level, args, kwargs, used)
+            if not are_equal(index, self._group) or index < 0:
+                self._habits.misses[level] = self._habits.misses.get(level, 0) + 1
+                return module(*args, **kwargs)
+            used.add(index)
+            self._habits.misses[level] = 0
+            states = self.calls[index].states
+            if states is not None:
+                set_generator_states(states, self._device)
+            return self._hand_out(index, lambda output, leaf: (output if leaf is None else leaf).clone())
 
         return play
+
+    def _find(self, level: str, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> int:
+        """Return the place of a kept call that is the same one and has not been given back, -1 if there is none."""
+        for index, call in enumerate(self.calls):
+            possible = (call.level, call.term) == (level, self.term) and index not in used
+            if possible and self._same(call.arguments, (args, kwargs)):
+                return index
+        return -1
 
     def forget(self) -> None:
         """Keep none of the calls made so far."""

@@ -16,7 +16,9 @@ All processes must make the same calls in the same order. Called by `mlo.autodif
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -122,11 +124,38 @@ def reduced(tensor: Tensor, operation: str, group: Group) -> Tensor:
 
 
 def agreed(number: int, group: Group) -> int:
-    """Return the largest of the processes' numbers, below 2^24."""
+    """Return the largest of the processes' numbers, below 2^53."""
+    return _largest([number], group)[0]
+
+
+def are_equal(number: int, group: Group) -> bool:
+    """Return whether all processes have the same number, below 2^53."""
+    largest, of_negatives = _largest([number, -number], group)
+    return largest == -of_negatives
+
+
+def _largest(numbers: list[int], group: Group) -> list[int]:
     if group is None:
-        return number
+        return numbers
     device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
-    return int(reduced(torch.tensor(float(number), device=device), "MAX", group))
+    return [int(n) for n in reduced(torch.tensor(numbers, dtype=torch.float64, device=device), "MAX", group).tolist()]
+
+
+def mean_metrics(metrics: dict[str, float], group: Group, device: torch.device) -> dict[str, float]:
+    """Return the mean of each metric over the processes that have it."""
+    if group is None or not metrics:
+        return metrics
+    names = list(metrics)
+    if not are_equal(zlib.crc32("\0".join(names).encode()), group):
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+        with _Together():
+            torch.distributed.all_gather_object(gathered, names, group)
+        names = list(dict.fromkeys(chain.from_iterable(gathered)))
+    own = [[metrics.get(name, 0.0), float(name in metrics)] for name in names]
+    numbers = torch.tensor(own, dtype=torch.float64, device=device)
+    (means,) = average([numbers], [numbers], group)
+    assert means is not None
+    return {name: mean / share for name, (mean, share) in zip(names, means.tolist(), strict=True)}
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.compilation import compiled
 from mlo.devices import find_device
 from mlo.diagnostics import asymmetries, check_interval, diagnose
-from mlo.distributed import Group, agreed, align, average, average_buffers, by_first, whole_world
+from mlo.distributed import Group, agreed, align, average_buffers, by_first, mean_metrics, whole_world
 from mlo.double import double, in_double, in_float64
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
@@ -361,7 +361,8 @@ class Engine:
             self._begin(name)
             self._take_steps(name)
         self.rounds_done += 1
-        metrics = self._averaged({name: mean(name, values) for name, values in self._tallies.items()})
+        own = {name: mean(name, values) for name, values in self._tallies.items()}
+        metrics = mean_metrics(own, self._backend.group, self._backend.device)
         self._check_finite(metrics)
         return metrics | {"round_seconds": time.perf_counter() - started}
 
@@ -459,7 +460,7 @@ class Engine:
         habits = self._levels[name].habits
         reuses = reuses and self._backend.autocast is None and len(call.parts) == 1  # products are in full precision
         reuses = reuses and any(habits.keeps(q) for q in self.graph.structure.reads[name])
-        calls = Calls(self._backend.device, habits) if reuses else None
+        calls = Calls(self._backend.device, habits, self._backend.group) if reuses else None
         found = sweep(
             self._context,
             call,
@@ -597,16 +598,6 @@ class Engine:
         for level, metric, value in self._journal.figures:
             note(level, metric, value.detach() if isinstance(value, Tensor) else value)
         self._journal.figures.clear()
-
-    def _averaged(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Return the means over the processes."""
-        group = self._backend.group
-        if group is None or not metrics:
-            return metrics
-        numbers = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self._backend.device)
-        (means,) = average([numbers], [numbers], group)
-        assert means is not None
-        return dict(zip(metrics, means.tolist(), strict=True))
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         for name in self.graph.structure.names:

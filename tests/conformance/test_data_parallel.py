@@ -91,7 +91,8 @@ def unused_and_random():
     def loss(levels, batch):
         drawn.append(torch.rand(()).item())
         term = levels.w.both.sum() + levels.w.norm(batch).square().mean()
-        return mlo.Output(term + levels.w.one.sum() if rank else term, {"rank": float(rank)})
+        metrics = {"rank": float(rank), "second" if rank else "first": 3.0 + rank, "both": 1.0}
+        return mlo.Output(term + levels.w.one.sum() if rank else term, metrics)
 
     sgd = torch.optim.SGD([module.both, module.one, module.none], lr=1.0, weight_decay=0.5)
     engine = mlo.Engine(
@@ -100,7 +101,7 @@ def unused_and_random():
     metrics = engine.run(1, progress=False)
     return {
         "weights": torch.stack((module.both, module.one, module.none)).detach(),
-        "metric": metrics["w.rank"],
+        "metrics": {name: metrics[f"w.{name}"] for name in ("rank", "first", "second", "both")},
         "drawn": drawn[-1],
         "running": module.norm.running_mean.clone(),
     }
@@ -125,6 +126,31 @@ def normalized(rank=None):
     engine = mlo.Engine(mlo.Graph([low, top], [mlo.Edge("scale", "w"), mlo.Edge("w", "scale")]), seed=0, device="cpu")
     engine.run(2, progress=False)
     return flat([scale.weight.detach(), *(p.detach() for p in module.parameters()), *module.buffers()])
+
+
+def thresholds(rank=None):
+    """The weights where an argument of another level's call is made by threshold, now the same again and now not."""
+    torch.manual_seed(0)
+    low, up = nn.Linear(3, 2).double(), nn.Linear(2, 2).double()
+    x, y = torch.randn(8, 2, 4, 3).double(), torch.randn(8, 2, 4, 2).double()
+    data = [
+        (a.flatten(0, 1), b.flatten(0, 1)) if rank is None else (a[rank], b[rank]) for a, b in zip(x, y, strict=True)
+    ]
+
+    def lower(levels, batch):
+        z = levels.low(batch[0])
+        return (z - batch[1]).square().mean() + (levels.up((z > 0).double().detach()) * z).mean()
+
+    def upper(levels, batch):
+        return (levels.low(batch[0]) - batch[1]).square().mean()
+
+    levels = [
+        mlo.Problem("low", low, lower, torch.optim.SGD(low.parameters(), 0.1), data,
+                    hypergradient=mlo.FiniteDifference(0.1)),
+        mlo.Problem("up", up, upper, torch.optim.SGD(up.parameters(), 0.1), data),
+    ]  # fmt: skip
+    mlo.Engine(mlo.Graph(levels, [mlo.Edge("up", "low"), mlo.Edge("low", "up")]), device="cpu").run(20, progress=False)
+    return flat([p.detach() for p in (*low.parameters(), *up.parameters())])
 
 
 def stopped(rank):
@@ -170,6 +196,7 @@ def in_process(rank, folder):
         "stopped": stopped(rank),
         "failed": failed(),
         "normalized": normalized(rank),
+        "thresholds": thresholds(rank),
     }
 
 
@@ -208,7 +235,7 @@ def test_weights_that_not_all_use(processes):
 
 def test_metrics_and_running_statistics_are_means_and_draws_are_not_shared(processes):
     first, second = (of_rank["other"] for of_rank in processes[1])
-    assert first["metric"] == second["metric"] == 0.5
+    assert first["metrics"] == second["metrics"] == {"rank": 0.5, "first": 3.0, "second": 4.0, "both": 1.0}
     assert first["drawn"] != second["drawn"]
     assert torch.equal(first["running"], second["running"])
     assert (first["running"] > 0.3).all()  # a tenth of the mean of 0 and 10
@@ -217,6 +244,11 @@ def test_metrics_and_running_statistics_are_means_and_draws_are_not_shared(proce
 def test_synchronized_batch_normalization(processes):
     for of_rank in processes[1]:
         assert relative_error(of_rank["normalized"], normalized()) < 1e-10
+
+
+def test_kept_calls_are_given_back_in_both_or_in_none(processes):
+    for of_rank in processes[1]:
+        assert relative_error(of_rank["thresholds"], thresholds()) < 1e-10
 
 
 def test_a_process_may_stay_alone(processes):
