@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlo.calls import Calls, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
-from mlo.levels import Buffers, Levels, LevelView, Output, Sum, Tensors, Variables
+from mlo.levels import Buffers, Copies, Levels, LevelView, Output, Sum, Tensors, Variables
 from mlo.randomness import seed_generators, term_key, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
 
@@ -82,12 +82,16 @@ class Level:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", (self.name, *self.reads))
-        object.__setattr__(
-            self, "view", LevelView(self.module, self.module if self.compiled is None else self.compiled)
-        )
+        call = self.module if self.compiled is None else self._call_compiled
+        object.__setattr__(self, "view", LevelView(self.module, call))
         object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
+
+    def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        self.buffers.look()
+        assert self.compiled is not None
+        return self.compiled(*args, **kwargs)
 
     def computing(self, **changes: Any) -> Level:
         """Return the level with other functions of the same module; what is known of its buffers stays known."""
@@ -121,7 +125,7 @@ class LossCall:
     progress: float
     backend: Backend
     recorded: bool = False
-    buffers: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    buffers: dict[str, Copies] = field(default_factory=dict)
     constants: Mapping[str, Tensors] = field(default_factory=dict)
     objective: Callable[[Levels, Any], Any] | None = None
     reads: dict[int, set[str]] = field(default_factory=dict)
@@ -146,12 +150,14 @@ class LossCall:
         names = self.levels[self.level].names
         if moves_buffers and self.recorded:
             self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
+            if self.levels[self.level].compiled is None:  # which looks by itself
+                undo.enter_context(self.levels[self.level].buffers.watched())
         for name in names:
             level = self.levels[name]
             if name in values:
                 level.variables.bind(values[name], undo)
             if not (level.buffers.empty or (moves_buffers and name == self.level)):
-                level.buffers.hold(undo, self.buffers.get(name))
+                level.buffers.hold(undo, self.buffers.get(name), moving=name == self.level)
 
     def evaluate(
         self,
@@ -202,6 +208,7 @@ class LossCall:
         with _AS_IS if torch.is_grad_enabled() else torch.enable_grad(), casting, attention:
             # What other processes see of a batch has draws of its own; a function of variables alone has the same ones.
             rank = rank_of(backend.group) if self.objective is None else 0
+            num_buffers = len(self._versions()) if len(terms) > 1 else 0
             for index, term in enumerate(terms):
                 if only is not None and index in self.reads and self.reads[index].isdisjoint(only):
                     continue
@@ -227,6 +234,8 @@ class LossCall:
                         record.forget()
                 if accessed is not None:
                     accessed |= levels._accessed
+            if len(terms) > 1 and len(self._versions()) != num_buffers:  # what moves has only now come to light
+                self.reads.update({index: set(own.names) for index in self.reads})
         return Sum.of(results or [torch.zeros((), device=backend.device)])
 
     def _versions(self) -> list[tuple[int, int]]:

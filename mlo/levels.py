@@ -8,12 +8,13 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mlo.errors import GraphError, MloError
@@ -23,6 +24,8 @@ Tensors = tuple[Tensor, ...]
 """A level's variables, or a cotangent of them: one tensor a parameter, in the order of `named_parameters()`."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SynchronizedBatchNorm)
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Variables:
@@ -88,72 +91,104 @@ class Variables:
             container[key] = self.parameters[i]
 
 
+Slot = tuple[dict[str, Tensor | None], str]
+"""Where a module keeps a buffer."""
+
+Copies = Mapping[tuple[int, str], Tensor | None]
+"""Buffers of one moment, by the identity of the dictionary they are in and the key."""
+
+
 class Buffers:
-    """A module's buffers, and how to read the module without moving them."""
+    """A module's buffers, and how to read the module without moving them.
+
+    Batch normalization in training mode uses batch statistics with and without running ones: switching these off holds
+    them still, is exact and free, and changes nothing in evaluation mode. Where a pass must move them as another one
+    did, that is needed only for those that are also called in evaluation mode, and then find them.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._batch_norms: list[Any] = [
             m for m in module.modules() if type(m) in _BATCH_NORMS and m.track_running_stats
         ]
-        light = {id(m) for m in self._batch_norms}
-        self._slots: list[tuple[dict[str, Tensor | None], str]] = [
-            (m._buffers, key) for m in module.modules() if id(m) not in light for key in m._buffers
+        self._reading: dict[int, nn.Module] = {}  # by identity, those of them that have been seen in evaluation mode
+        norms = {id(m) for m in self._batch_norms}
+        self._others: list[Slot] = [
+            (m._buffers, key) for m in module.modules() if id(m) not in norms for key in m._buffers
         ]
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to hold still."""
-        return not self._batch_norms and not self._slots
+        return not self._batch_norms and not self._others
 
-    def copies(self) -> tuple[Tensor | None, ...]:
-        """Return copies of the buffers that a replay must find as they are now.
-
-        Batch normalization that is called in training mode alone does not read its statistics.
-        """
-        return tuple(t.clone() if t is not None else None for t in (container[key] for container, key in self._slots))
+    def copies(self) -> Copies:
+        """Return copies of the buffers, which a replay must find as they are now."""
+        found: dict[tuple[int, str], Tensor | None] = {}
+        for container, key in self._others:
+            t = container[key]
+            found[id(container), key] = None if t is None else t.clone()
+        for key in _STATISTICS:  # many small tensors, of one kind each
+            held = [m._buffers for m in self._batch_norms if m._buffers.get(key) is not None]
+            copies = torch._foreach_mul([container[key] for container in held], 1) if held else ()
+            found.update({(id(container), key): t for container, t in zip(held, copies, strict=True)})
+        return found
 
     def versions(self) -> list[tuple[int, int]]:
-        """Return which buffers there are, and how often each was written into, those of batch statistics left out."""
-        return [(id(t), t._version) for t in (container[key] for container, key in self._slots) if t is not None]
+        """Return which buffers there are, and how often each was written into; without statistics that are not read."""
+        slots = (*self._others, *_slots_of(self._reading.values()))
+        return [(id(t), t._version) for t in (container[key] for container, key in slots) if t is not None]
+
+    def look(self) -> None:
+        """Find out which batch normalizations are in evaluation mode, as they are about to be called."""
+        for module in self._batch_norms:
+            self._note(module)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Find out which batch normalizations are called in evaluation mode, and treat those as all other buffers."""
-        reading: list[Any] = []
-
-        def note(module: nn.Module, args: Any) -> None:  # noqa: ARG001
-            if not module.training and module not in reading:
-                reading.append(module)
-
-        handles = [m.register_forward_pre_hook(note) for m in self._batch_norms]
+        """Find out which batch normalizations are called in evaluation mode within the block."""
+        handles = [m.register_forward_pre_hook(self._note) for m in self._batch_norms]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._batch_norms = [m for m in self._batch_norms if m not in reading]
-            self._slots += [(m._buffers, key) for m in reading for key in m._buffers]
 
-    def hold(self, undo: ExitStack, copies: tuple[Tensor | None, ...] | None = None) -> None:
+    def _note(self, module: nn.Module, args: Any = ()) -> None:  # noqa: ARG002
+        if not module.training:
+            self._reading[id(module)] = module
+
+    def hold(self, undo: ExitStack, copies: Copies | None = None, *, moving: bool = False) -> None:
         """Until `undo` is closed, let no buffer move; they are as in `copies` (default: as now).
 
-        Batch normalization in training mode uses batch statistics with and without running ones; switching the running
-        ones off is exact and free, and changes nothing in evaluation mode. All other buffers are replaced by copies.
+        Args:
+            undo: puts everything back.
+            copies: of an earlier moment.
+            moving: let copies move within a pass as the level's own step moves the buffers. Otherwise only those of
+                other modules than batch normalization do.
         """
-        switched = [(m, m.track_running_stats) for m in self._batch_norms]
-        kept = [container[key] for container, key in self._slots]
+        reading = self._reading if moving else {}
+        still = [m for m in self._batch_norms if id(m) not in reading]
+        switched = [(m, m.track_running_stats) for m in still]
+        replaced = [*self._others, *_slots_of(reading.values())]
+        fixed = _slots_of(still) if copies is not None else []
+        kept = [(container, key, container[key]) for container, key in (*replaced, *fixed)]
 
         def release() -> None:
             for m, tracked in switched:  # it may have been held before
                 m.__dict__["track_running_stats"] = tracked
-            for (container, key), t in zip(self._slots, kept, strict=True):
+            for container, key, t in kept:
                 container[key] = t
 
         undo.callback(release)
         for m, _ in switched:  # past nn.Module.__setattr__, which takes long
             m.__dict__["track_running_stats"] = False
-        for (container, key), t in zip(self._slots, kept if copies is None else copies, strict=True):
-            container[key] = t.clone() if t is not None else None
+        for index, (container, key, now) in enumerate(kept):
+            t = now if copies is None else copies.get((id(container), key), now)
+            container[key] = t.clone() if t is not None and index < len(replaced) else t
+
+
+def _slots_of(batch_norms: Iterable[nn.Module]) -> list[Slot]:
+    return [(m._buffers, key) for m in batch_norms for key in _STATISTICS if key in m._buffers]
 
 
 class LevelView:

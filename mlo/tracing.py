@@ -30,7 +30,7 @@ def trace(
     with ExitStack() as undo:
         for level in levels.values():
             undo.enter_context(level.buffers.watched())
-            level.buffers.hold(undo)
+            level.buffers.hold(undo, moving=True)
             level.variables.bind(level.variables.tensors, undo)  # sharded ones are gathered anew by it
         for name, state in states.items():
             accessed: set[str] = set()

@@ -304,7 +304,8 @@ class Centred(Vector):
         return centred
 
 
-def test_statistics_that_a_loss_reads_are_those_of_the_step():
+@pytest.mark.parametrize("since", [0.0, 0.5])
+def test_statistics_that_a_loss_reads_are_those_of_the_step(since):
     """A level in a nest is read in evaluation mode, and its statistics move between the steps that read it."""
     torch.manual_seed(0)
     modules = {
@@ -318,7 +319,8 @@ def test_statistics_that_a_loss_reads_are_those_of_the_step():
         return (levels.u(batch[0]) - batch[1] - levels.q(batch[0])).square().mean()
 
     def q_loss(levels, batch):
-        levels.u.eval()
+        if levels.progress >= since:
+            levels.u.eval()
         output = levels.u(batch[0])
         levels.u.train()
         return (output * levels.q(batch[0]) - batch[1] - levels.t(batch[0])).square().mean()
@@ -336,6 +338,39 @@ def test_statistics_that_a_loss_reads_are_those_of_the_step():
     edges = [mlo.Edge("q", "u"), mlo.Edge("u", "q"), mlo.Edge("t", "q"), mlo.Edge("q", "t")]
     engine = mlo.Engine(mlo.Graph(levels, edges), device="cpu")
     engine.run(2, progress=False)
+    check = only(engine.check("t", progress=False))
+    assert check.verdict == "exact", check
+
+
+@pytest.mark.parametrize("compiled", [[], ["q"]])
+def test_a_level_that_begins_to_read_its_own_statistics(compiled):
+    """The first batch is read in training mode, most later ones in evaluation mode."""
+    torch.manual_seed(0)
+    modules = {
+        "q": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.5), nn.Linear(4, 1)).double(),
+        "t": nn.Linear(3, 1).double(),
+    }
+
+    def fit(levels, batch):
+        x, y, training = batch
+        levels.q.train(training)
+        loss = (levels.q(x) - y - levels.t(x)).square().mean()
+        levels.q.train()
+        return loss
+
+    def top(levels, batch):
+        return (levels.q(batch[0]) - batch[1]).square().mean()
+
+    batches = [(torch.randn(8, 3).double() * (i + 1), torch.randn(8, 1).double(), i % 4 == 0) for i in range(6)]
+    optimizers = {name: torch.optim.SGD(module.parameters(), lr=0.02) for name, module in modules.items()}
+    levels = [
+        mlo.Problem("q", modules["q"], fit, optimizers["q"], batches, steps=3, hypergradient=mlo.Unroll()),
+        mlo.Problem("t", modules["t"], top, optimizers["t"], batches),
+    ]  # fmt: skip
+    graph = mlo.Graph(levels, [mlo.Edge("t", "q"), mlo.Edge("q", "t")])
+    engine = mlo.Engine(graph, device="cpu", compile=compiled)
+    engine.run(1, progress=False)
+    assert engine._levels["q"].buffers.versions()  # found out when the steps were taken
     check = only(engine.check("t", progress=False))
     assert check.verdict == "exact", check
 

@@ -410,14 +410,16 @@ def two_levels(lower, fit, estimator, *, optimizer=None, steps=3):
 @pytest.mark.parametrize(
     "estimator", [mlo.FirstOrder(), mlo.FiniteDifference(last=None), mlo.Unroll(), mlo.ConjugateGradient(damping=1.0)]
 )
-def test_batch_normalization_whose_mode_the_loss_switches(estimator):
+@pytest.mark.parametrize("since", [0, 1])
+def test_batch_normalization_whose_mode_the_loss_switches(estimator, since):
     """Its statistics move in the level's own steps alone, and a repeated step reads those of its time."""
 
     def fit(levels, x):
         weight = levels.upper(x).sigmoid()
         levels.lower.train()
         trained = levels.lower(x)
-        levels.lower.eval()
+        if lower[1].num_batches_tracked >= since:
+            levels.lower.eval()
         return ((trained - x.sum(1, keepdim=True)) ** 2 * weight).mean() + levels.lower(x).square().mean()
 
     torch.manual_seed(0)

@@ -121,14 +121,15 @@ def test_metrics_keep_no_graph():
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("estimator", [mlo.Unroll(), mlo.FiniteDifference(radius=1e-4, last=None)], ids=repr)
-@pytest.mark.parametrize("what", ["buffers", "kept calls"])
+@pytest.mark.parametrize("what", ["buffers", "statistics", "kept calls"])
 def test_terms_left_out_matter_to_no_other_term(what, estimator, steps):
     """Neither by the buffers that they move, nor by calls of theirs that are equal to another term's but for the draws.
 
     The first term does not read the upper level.
     """
     torch.manual_seed(0)
-    low = Centred().double() if what == "buffers" else nn.Linear(3, 3).double()
+    lows = {"buffers": Centred(), "statistics": nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))}
+    low = lows.get(what, nn.Linear(3, 3)).double()
     aux = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).double()
     up = nn.Linear(3, 1).double()
     x = torch.randn(5, 3, dtype=torch.float64) + 2
@@ -137,6 +138,11 @@ def test_terms_left_out_matter_to_no_other_term(what, estimator, steps):
         return (levels.low(batch) - levels.aux(batch)).square().mean()
 
     def second(levels, batch):
+        if what == "statistics":  # read from the first step on, but not before it
+            low.train(int(low[0].num_batches_tracked) == 0)
+            output = levels.low(batch + 1)
+            low.train()
+            return ((output - levels.aux(batch)) * levels.up.weight).square().mean()
         return ((levels.low(batch + 1) - levels.aux(batch)) * levels.up.weight).square().mean()
 
     def problem(name, module, loss, **options):
