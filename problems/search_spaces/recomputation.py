@@ -67,24 +67,16 @@ def _hooks_enabled() -> Iterator[None]:
         hooks._saved_tensors_hooks_disable(message)
 
 
-_Place = tuple[dict[str, Any], str]
-
-
 class _Places:
-    """Where a module holds what a forward pass reads and may write: parameters, buffers, whether statistics move."""
+    """Where a module holds the tensors that a forward pass reads and may write: parameters and buffers."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         parts = list(module.modules())
         self._parameters: list[tuple[dict[str, Any], str]] = [
             (m._parameters, key) for m in parts for key in m._parameters
         ]
         self._buffers: list[tuple[dict[str, Any], str]] = [(m._buffers, key) for m in parts for key in m._buffers]
-        self._norms: list[_Place] = [
-            (owner._modules, key)
-            for owner in parts
-            for key, part in owner._modules.items()
-            if isinstance(part, nn.modules.batchnorm._BatchNorm)
-        ]
 
     @property
     def parameters(self) -> list[Tensor | None]:
@@ -94,16 +86,27 @@ class _Places:
     def buffers(self) -> list[Tensor | None]:
         return [container[key] for container, key in self._buffers]
 
-    @property
-    def tracking(self) -> list[bool]:
-        """Of each normalization; others may have been put in their places."""
-        return [container[key].track_running_stats for container, key in self._norms]
-
-    def fill(self, parameters: list[Tensor | None], buffers: list[Tensor | None], tracking: list[bool]) -> None:
+    def fill(self, parameters: list[Tensor | None], buffers: list[Tensor | None]) -> None:
         for (container, key), tensor in zip(self._parameters + self._buffers, parameters + buffers, strict=True):
             container[key] = tensor
-        for (container, key), tracks in zip(self._norms, tracking, strict=True):
-            container[key].track_running_stats = tracks
+
+
+_Settings = list[tuple[nn.Module, str, bool]]
+"""Of each part, whether it is in training mode, and of each normalization, whether its statistics move."""
+
+
+def _settings(module: nn.Module) -> _Settings:
+    parts = list(module.modules())  # others may have been put in their places since the module was made
+    norms = [m for m in parts if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [(m, "training", m.training) for m in parts] + [
+        (m, "track_running_stats", m.track_running_stats) for m in norms
+    ]
+
+
+def _apply(settings: _Settings) -> None:
+    for module, name, value in settings:
+        if getattr(module, name) != value:
+            setattr(module, name, value)
 
 
 class _AsItWas(AbstractContextManager[None]):
@@ -111,7 +114,7 @@ class _AsItWas(AbstractContextManager[None]):
 
     def __init__(self, places: _Places) -> None:
         self._places = places
-        self._parameters, self._tracking = places.parameters, places.tracking
+        self._parameters, self._settings = places.parameters, _settings(places.module)
         self._versions = [None if p is None else p._version for p in self._parameters]
         self._buffers = [None if b is None else b.clone() for b in places.buffers]
 
@@ -122,8 +125,11 @@ class _AsItWas(AbstractContextManager[None]):
                 "into since. Go back through a pass before the optimizer's step, or without checkpointing."
             )
         places = self._places
-        self._present = places.parameters, places.buffers, places.tracking
-        places.fill(self._parameters, self._buffers, self._tracking)
+        self._present = places.parameters, places.buffers
+        self._present_settings = [(m, name, getattr(m, name)) for m, name, _ in self._settings]
+        places.fill(self._parameters, self._buffers)
+        _apply(self._settings)
 
     def __exit__(self, *_: object) -> None:
         self._places.fill(*self._present)
+        _apply(self._present_settings)

@@ -57,6 +57,22 @@ def test_a_module_that_holds_something_else_by_then():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("cell", [SearchCell, FusedCell])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_that_has_changed_by_then(training, cell):
+    images, architecture = torch.randn(3, 1, 8, 8, dtype=torch.float64), Architecture().double()
+    found = []
+    for network in networks(cell):
+        network.train(training)
+        output = network(images, architecture())
+        network.train(not training)
+        gradients = torch.autograd.grad(output.square().sum(), [*network.parameters()])
+        assert all(part.training != training for part in network.modules())
+        found.append([output, *gradients, *network.buffers()])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_parameters_that_were_written_into_are_refused():
     module = nn.Linear(2, 2)
     output = Recomputed(module)(torch.ones(1, 2)).tanh()
