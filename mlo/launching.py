@@ -8,12 +8,21 @@ Called by the command line.
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed.run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.rendezvous import rendezvous
 
 from mlo.errors import MloError
 
@@ -24,18 +33,33 @@ def is_launched() -> bool:
 
 
 def start_processes(num_processes: int | None) -> None:
-    """Replace this process by `torchrun` with so many processes of the same command, unless it is one of them.
+    """Start so many processes of the same command under `torchrun` and end with them, unless this is one of them.
+
+    Exits with 0 if all succeeded, with 128 + the signal's number if one stopped them, with what the first process that
+    failed ended with otherwise.
 
     Raises:
-        MloError: on Windows, which cannot replace processes so.
+        MloError: a process was killed.
     """
     if num_processes is None or num_processes == 1 or is_launched():
         return
-    if sys.platform == "win32":
-        raise MloError("--launch: expected a system with exec; found Windows. Use torchrun -m mlo run ...")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
+    arguments = ["--standalone", f"--nproc-per-node={num_processes}", "-m", "mlo", *_without_launch(sys.argv[1:])]
     sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "mlo", *_without_launch(sys.argv[1:])])
+    logging.disable(logging.ERROR)  # each process has said what there is to say
+    try:
+        torchrun.run(torchrun.parse_args(arguments))  # type: ignore[no-untyped-call]
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise MloError(
+                f"process {rank} of {num_processes} was killed ({signal.Signals(-failure.exitcode).name}). Go on with "
+                f"mlo resume"
+            ) from None
+        sys.exit(failure.exitcode)
+    sys.exit(0)
 
 
 def _without_launch(arguments: Sequence[str]) -> list[str]:
@@ -55,8 +79,32 @@ def joined() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, num_processes = next(iter(rendezvous("env://")))
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=num_processes
+    )
     try:
         yield
+    except MloError as error:
+        if rank == 0:
+            store.set(_SAID, str(error))
+        elif _was_said(store, str(error)):
+            sys.exit(2)
+        raise
     finally:
         torch.distributed.destroy_process_group()
+        # A thread of gloo's that still has the tensors of the last message to let go of, and finds the interpreter
+        # gone, aborts the process: it needs the interpreter's lock once more.
+        time.sleep(0.2)
+
+
+_SAID = "mlo: what the first process ended with"
+
+
+def _was_said(store: Any, message: str) -> bool:
+    """Whether the first process ends, by a second from now, with the same message."""
+    try:
+        store.wait([_SAID], timedelta(seconds=1))
+    except RuntimeError:  # it has not ended, or has gone
+        return False
+    return bool(store.get(_SAID) == message.encode())

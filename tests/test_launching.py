@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from mlo.launching import _without_launch
 
-COMMAND = [sys.executable, "-m", "mlo", "run", "darts/digits-first", "--quiet", "--rounds", "2"]
+MLO = [sys.executable, "-m", "mlo"]
 SETTINGS = (
     "supernet.channels=2",
     "evaluation.epochs=1",
@@ -19,11 +22,32 @@ SETTINGS = (
 )
 
 
-def run(folder, *options):
+def command(folder, *options, rounds=2):
     words = [word for setting in SETTINGS for word in ("--set", setting)]
+    ways = ["--quiet", "--rounds", str(rounds), "--output", str(folder)]
+    return [*MLO, "run", "darts/digits-first", *words, *ways, *options]
+
+
+def finished(words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, *words, "--output", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+
+def run(folder, *options, rounds=2):
+    return finished(command(folder, *options, rounds=rounds))
+
+
+def broken_off(folder, act, *options, rounds):
+    """Start a command, do something to it as soon as it has played two rounds, and wait for its end."""
+    with subprocess.Popen(command(folder, *options, rounds=rounds), stderr=subprocess.PIPE, text=True) as process:
+        metrics, end = folder / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        act(process.pid)
+        error = process.communicate(timeout=120)[1]
+    return process.returncode, error
 
 
 def losses(folder):
@@ -38,6 +62,37 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert two.stdout.count("test_error ") == 1
     written = {path.name for path in (tmp_path / "one").iterdir()}
     assert {path.name for path in (tmp_path / "two").iterdir()} == written
+
+
+def children(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_stopped_by_a_signal_and_resumed_in_one_process(tmp_path):
+    folder = tmp_path / "stopped"
+    status, error = broken_off(folder, lambda pid: os.kill(pid, signal.SIGINT), "--launch", "2", rounds=8)
+    assert (status, error.count("mlo resume"), "Traceback" in error) == (130, 1, False), error
+    assert 4 <= len(losses(folder)) < 16
+    resumed = finished([*MLO, "resume", str(folder), "--quiet"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert run(tmp_path / "whole", rounds=8).returncode == 0
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-2)  # batches differ by 10 %
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes under /proc")
+def test_a_process_that_is_killed_ends_all(tmp_path):
+    def kill(pid):
+        os.kill(children(pid)[-1], signal.SIGKILL)
+
+    status, error = broken_off(tmp_path / "run", kill, "--launch", "2", rounds=10_000)
+    assert (status, "Traceback" in error) == (2, False), error
+    assert "was killed (SIGKILL). Go on with mlo resume" in error
+
+
+def test_a_mistake_that_every_process_finds_is_said_once(tmp_path):
+    found = run(tmp_path / "run", "--launch", "3", "--set", "batch_size=64")
+    assert (found.returncode, found.stderr.count("Error: "), "Traceback" in found.stderr) == (2, 1, False), found.stderr
+    assert "expected a multiple of the 3 processes" in found.stderr
 
 
 @pytest.mark.parametrize(
