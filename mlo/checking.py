@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlo.autodiff import Gradients, dense
+from mlo.arithmetic import dense
+from mlo.autodiff import Gradients
 from mlo.errors import GraphError, MloError
 from mlo.graph import Graph
 from mlo.hypergradients import Claim

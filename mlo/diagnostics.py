@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Call, Gradients, dense
+from mlo.arithmetic import dense
+from mlo.autodiff import Call, Gradients
 from mlo.errors import GraphError, MloError
 from mlo.graph import Graph
 from mlo.hypergradients import FirstOrder, Penalty, Unroll

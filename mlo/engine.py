@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Backend, Call, Gradients, Level, dense
+from mlo.arithmetic import dense
+from mlo.autodiff import Backend, Call, Gradients, Level
 from mlo.calls import Calls
 from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlo.autodiff import Gradient, alias, norm, scaled, summed
+from mlo.arithmetic import Gradient, norm, scaled, summed
+from mlo.autodiff import alias
 from mlo.errors import MloError
 from mlo.levels import Tensors
 from mlo.sharding import local

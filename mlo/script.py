@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Call, Gradient
+from mlo.arithmetic import Gradient
+from mlo.autodiff import Call
 from mlo.levels import Tensors
 from mlo.optimizers import Update
 from mlo.problem import Problem

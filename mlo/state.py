@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlo.autodiff import Backend, Call, Gradient, Level, LossCall, MeanCall
+from mlo.arithmetic import Gradient
+from mlo.autodiff import Backend, Call, Level, LossCall, MeanCall
 from mlo.calls import Habits
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.levels import Tensors

@@ -23,20 +23,8 @@ from typing import Protocol
 
 import torch
 
-from mlo.autodiff import (
-    Call,
-    Gradient,
-    Gradients,
-    accumulate,
-    add,
-    alias,
-    check_twice_differentiable,
-    dense,
-    norm,
-    scaled,
-    split,
-    summed,
-)
+from mlo.arithmetic import Gradient, accumulate, add, dense, norm, scaled, split, summed
+from mlo.autodiff import Call, Gradients, alias, check_twice_differentiable
 from mlo.calls import Calls
 from mlo.errors import MloError
 from mlo.levels import Tensors

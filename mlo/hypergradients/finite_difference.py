@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlo.autodiff import Gradient
+from mlo.arithmetic import Gradient
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.steps import pull_back_steps

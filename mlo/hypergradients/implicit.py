@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.autodiff import accumulate
+from mlo.arithmetic import accumulate
 from mlo.hypergradients.base import Hypergradient
 from mlo.levels import Tensors
 from mlo.linear_solvers import LinearOperator, Solution

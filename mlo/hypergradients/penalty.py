@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Gradient, accumulate, norm
+from mlo.arithmetic import Gradient, accumulate, norm
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.levels import Tensors

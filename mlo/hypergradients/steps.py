@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from mlo.autodiff import Gradient, accumulate
+from mlo.arithmetic import Gradient, accumulate
 from mlo.levels import Tensors
 from mlo.sweep import Response, Step
 

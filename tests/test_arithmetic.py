@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mlo.autodiff import norm
+from mlo.arithmetic import norm
 
 LAYOUTS = {
     "contiguous": lambda: torch.randn(64, 96, 5, 7),
