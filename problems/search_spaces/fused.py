@@ -112,10 +112,11 @@ class FusedCell(SearchCell):
         hooked = any(self._hooks) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         if sampled or not self.fusable or hooked or not are_alike(self._norms):
             return super().forward(before_last, last, weights, edge_weights, states)
-        running_mean = self._norms[0].running_mean if self._norms else None
-        if running_mean is not None:  # scales are of the same numbers
-            dtype = running_mean.dtype
-            weights, edge_weights = weights.to(dtype), None if edge_weights is None else edge_weights.to(dtype)
+        like = self._norms[0].running_mean if self._norms else None
+        if like is None:
+            like = next(self.edges.parameters(), weights)
+        weights = weights.to(like.dtype)
+        edge_weights = None if edge_weights is None else edge_weights.to(like.dtype)
         nodes: list[Tensor] = self.preprocess(before_last, last)
         if edge_weights is not None:
             weights = weights * edge_weights.unsqueeze(1)
