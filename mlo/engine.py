@@ -249,7 +249,7 @@ class Engine:
             try:
                 self._approach(name, tops)
                 solve = self._solve(name, repeatable=False)
-                found = self._sweep(name, solve, recorded=False, moves_buffers=False)[0]
+                found = self._sweep(name, solve, recorded=False, moves_buffers=True)[0]
             finally:
                 self._journal = journal
                 for own, before in habits:

@@ -19,12 +19,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed.run as torchrun
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.rendezvous import rendezvous
 
 from mlo.errors import MloError
+
+if torch.distributed.is_available():  # not in every build of PyTorch
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.rendezvous import rendezvous
 
 
 def is_launched() -> bool:
@@ -51,12 +53,14 @@ def start_processes(num_processes: int | None) -> None:
         torchrun.run(torchrun.parse_args(arguments))  # type: ignore[no-untyped-call]
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
+    except KeyboardInterrupt:  # before there were processes
+        sys.exit(128 + signal.SIGINT)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             raise MloError(
-                f"process {rank} of {num_processes} was killed ({signal.Signals(-failure.exitcode).name}). Go on with "
-                f"mlo resume"
+                f"process {rank} of {num_processes} was killed (signal {-failure.exitcode}). If the run "
+                f"had begun, go on with mlo resume"
             ) from None
         sys.exit(failure.exitcode)
     sys.exit(0)
@@ -102,7 +106,7 @@ _SAID = "mlo: what the first process ended with"
 
 
 def _was_said(store: Any, message: str) -> bool:
-    """Whether the first process ends, by a second from now, with the same message."""
+    """Whether the first process ends, within a second, with the same message."""
     try:
         store.wait([_SAID], timedelta(seconds=1))
     except RuntimeError:  # it has not ended, or has gone

@@ -110,7 +110,7 @@ class Buffers:
         self._batch_norms: list[Any] = [
             m for m in module.modules() if type(m) in _BATCH_NORMS and m.track_running_stats
         ]
-        self._reading: dict[int, nn.Module] = {}  # by identity, those of them that have been seen in evaluation mode
+        self._reading: set[Any] = set()  # those of them that have been seen in evaluation mode
         norms = {id(m) for m in self._batch_norms}
         self._others: list[Slot] = [
             (m._buffers, key) for m in module.modules() if id(m) not in norms for key in m._buffers
@@ -135,7 +135,7 @@ class Buffers:
 
     def versions(self) -> list[tuple[int, int]]:
         """Return which buffers there are, and how often each was written into; without statistics that are not read."""
-        slots = (*self._others, *_slots_of(self._reading.values()))
+        slots = (*self._others, *_slots_of(self._reading))
         return [(id(t), t._version) for t in (container[key] for container, key in slots) if t is not None]
 
     def look(self) -> None:
@@ -155,7 +155,7 @@ class Buffers:
 
     def _note(self, module: nn.Module, args: Any = ()) -> None:  # noqa: ARG002
         if not module.training:
-            self._reading[id(module)] = module
+            self._reading.add(module)
 
     def hold(self, undo: ExitStack, copies: Copies | None = None, *, moving: bool = False) -> None:
         """Until `undo` is closed, let no buffer move; they are as in `copies` (default: as now).
@@ -163,15 +163,15 @@ class Buffers:
         Args:
             undo: puts everything back.
             copies: of an earlier moment.
-            moving: let copies move within a pass as the level's own step moves the buffers. Otherwise only those of
-                other modules than batch normalization do.
+            moving: let copies of what the level's own step moves move as they do in the step. Without it statistics of
+                batch normalization stand still; what other modules write into is a copy in either case.
         """
-        reading = self._reading if moving else {}
-        still = [m for m in self._batch_norms if id(m) not in reading]
+        reading = self._reading if moving else set()
+        still = [m for m in self._batch_norms if m not in reading]
         switched = [(m, m.track_running_stats) for m in still]
-        replaced = [*self._others, *_slots_of(reading.values())]
+        written = [*self._others, *_slots_of(reading)]
         fixed = _slots_of(still) if copies is not None else []
-        kept = [(container, key, container[key]) for container, key in (*replaced, *fixed)]
+        kept = [(container, key, container[key]) for container, key in (*written, *fixed)]
 
         def release() -> None:
             for m, tracked in switched:  # it may have been held before
@@ -182,9 +182,13 @@ class Buffers:
         undo.callback(release)
         for m, _ in switched:  # past nn.Module.__setattr__, which takes long
             m.__dict__["track_running_stats"] = False
-        for index, (container, key, now) in enumerate(kept):
+        for container, key in written:
+            now = container[key]
             t = now if copies is None else copies.get((id(container), key), now)
-            container[key] = t.clone() if t is not None and index < len(replaced) else t
+            container[key] = None if t is None else t.clone()
+        for container, key in fixed:
+            assert copies is not None
+            container[key] = copies.get((id(container), key), container[key])
 
 
 def _slots_of(batch_norms: Iterable[nn.Module]) -> list[Slot]:

@@ -449,6 +449,40 @@ def test_batch_normalization_whose_mode_the_loss_switches(estimator, since):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_hypergradient_is_that_of_a_step_that_moves_and_reads_buffers(micro_batches):
+    """The uppermost level's own; from the second round on it reads statistics that the same step has moved."""
+    torch.manual_seed(0)
+    upper = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).double()
+    lower = torch.nn.Linear(4, 1).double()
+
+    def guide(levels, x):
+        trained = levels.upper(x)
+        upper.train(levels.progress == 0)
+        read = levels.upper(x)
+        upper.train()
+        return (levels.lower(x) - trained - read).square().mean()
+
+    def fit(levels, x):
+        return (levels.lower(x) - levels.upper(x)).square().mean()
+
+    batches = [torch.randn(6, 4, dtype=torch.float64) for _ in range(3)]
+    descend, rise = (torch.optim.SGD(module.parameters(), lr=0.1) for module in (lower, upper))
+    levels = [
+        mlo.Problem("lower", lower, fit, descend, batches, hypergradient=mlo.Unroll()),
+        mlo.Problem("upper", upper, guide, rise, batches, micro_batches=micro_batches),
+    ]
+    graph = mlo.Graph(levels, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")])
+    engine = mlo.Engine(graph, device="cpu")
+    engine.run(1, total_rounds=2, progress=False)
+    before = {name: t.detach().clone() for name, t in upper.state_dict().items()}
+    found = engine.hypergradient("upper")
+    assert all(torch.equal(t, before[name]) for name, t in upper.state_dict().items())
+    engine.run(1, total_rounds=2, progress=False)
+    for name, p in upper.named_parameters():
+        torch.testing.assert_close(found[name], (before[name] - p.detach()) / 0.1, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("estimator", [mlo.FirstOrder(), mlo.Unroll(), mlo.FiniteDifference()])
 def test_a_module_may_return_aliases_that_the_loss_writes_through(estimator):
     class Twice(torch.nn.Linear):

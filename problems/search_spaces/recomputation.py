@@ -127,7 +127,7 @@ class _AsItWas(AbstractContextManager[None]):
         places = self._places
         self._present = places.parameters, places.buffers
         self._present_settings = [(m, name, getattr(m, name)) for m, name, _ in self._settings]
-        places.fill(self._parameters, self._buffers)
+        places.fill(self._parameters, [None if b is None else b.clone() for b in self._buffers])
         _apply(self._settings)
 
     def __exit__(self, *_: object) -> None:

@@ -73,6 +73,24 @@ def test_a_mode_that_has_changed_by_then(training, cell):
         assert torch.equal(a, b)
 
 
+def test_each_backward_pass_finds_the_buffers_of_the_forward_pass():
+    class Centred(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 3)
+            self.register_buffer("mean", torch.ones(3))
+
+        def forward(self, x):
+            y = super().forward(x) * self.mean
+            self.mean.mul_(2)
+            return y.tanh()
+
+    module = Centred()
+    output = Recomputed(module)(torch.ones(1, 2)).sum()
+    first, second = (torch.autograd.grad(output, module.weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(module.mean, torch.full((3,), 2.0))
+
+
 def test_parameters_that_were_written_into_are_refused():
     module = nn.Linear(2, 2)
     output = Recomputed(module)(torch.ones(1, 2)).tanh()
