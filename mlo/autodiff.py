@@ -146,9 +146,10 @@ class LossCall:
         """
         names = self.levels[self.level].names
         if moves_buffers and self.recorded:
-            self.buffers.update({name: self.levels[name].buffers.copies() for name in names})
-            if self.levels[self.level].compiled is None:  # which looks by itself
-                undo.enter_context(self.levels[self.level].buffers.watched())
+            held = {name: self.levels[name].buffers for name in names}
+            self.buffers.update({name: buffers.copies() for name, buffers in held.items() if not buffers.empty})
+            if self.level in self.buffers and self.levels[self.level].compiled is None:  # which looks by itself
+                undo.enter_context(held[self.level].watched())
         for name in names:
             level = self.levels[name]
             if name in values:
