@@ -33,8 +33,8 @@ def split(flat: Gradient, sizes: Mapping[str, int]) -> dict[str, Gradient]:
     return parts
 
 
-_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-_DOUBLE = (torch.float64, torch.complex128)
+_SINGLE = {torch.float32, torch.bfloat16, torch.float16}
+_DOUBLE = {torch.float64, torch.complex128}
 _SMALL = 1 << 14  # entries; to copy as many takes less time than one more operation
 _PIECE = 1 << 17  # entries; in double precision a CPU copies them within its caches
 
@@ -51,9 +51,15 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
     given = [t for t in tensors if t is not None]
     present = [t for t in given if t.numel()] or [given[0].new_zeros(1)]  # a shard may be empty
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
-    if not differentiable and all(t.dtype in _SINGLE for t in present) and present[0].device.type != "mps":
-        small = [t.reshape(-1) for t in present if t.numel() <= _SMALL]
-        large = [piece for t in present if t.numel() > _SMALL for piece in _pieces(t)]
+    dtypes = {t.dtype for t in present}
+    if not differentiable and dtypes <= _SINGLE and not present[0].is_mps:
+        small: list[Tensor] = []
+        large: list[Tensor] = []
+        for t in present:
+            if t.numel() <= _SMALL:
+                small.append(t.reshape(-1))
+            else:
+                large += _pieces(t)
         lengths = list(torch._foreach_norm(large, 2, dtype=torch.float64)) if large else []
         if small:
             lengths.append(torch.linalg.vector_norm(torch.cat(small), dtype=torch.float64))
@@ -61,7 +67,7 @@ def norm(tensors: Sequence[Tensor | None], group: Group = None) -> Tensor:
             total = reduced(torch.stack(lengths).square().sum(), "SUM", group).sqrt()
         else:
             total = torch.linalg.vector_norm(torch.stack(lengths)) if len(lengths) > 1 else lengths[0]
-        return total.to(reduce(torch.promote_types, {t.dtype for t in present}))
+        return total.to(reduce(torch.promote_types, dtypes))
     with torch.no_grad():
         largest = reduced(torch.stack(torch._foreach_norm(present, float("inf"))).amax(), "MAX", group)
         unit = torch.where(largest > 0, largest, 1.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from mlo.arithmetic import Gradient, add, split
 from mlo.calls import Calls, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
-from mlo.levels import Buffers, Copies, Levels, LevelView, Output, Sum, Tensors, Variables
+from mlo.levels import Buffers, Copies, Levels, LevelView, Output, Sum, Tensors, Undo, Variables
 from mlo.randomness import seed_generators, term_key, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
 
@@ -136,26 +136,27 @@ class LossCall:
         """Return the call with some values fixed, whatever values are bound."""
         return replace(self, constants=constants)
 
-    def put_in_force(self, values: Mapping[str, Tensors], undo: ExitStack, *, moves_buffers: bool = False) -> None:
-        """Bind values of the levels that the loss may read, and hold their buffers still, until `undo` is closed.
+    def put_in_force(self, values: Mapping[str, Tensors], undo: Undo, *, moves_buffers: bool = False) -> None:
+        """Bind values of the levels that the loss may read, and hold their buffers still, until the end of `undo`.
 
         Args:
             values: of the levels whose parameters are to be replaced; the others keep the module's own.
             undo: puts everything back.
             moves_buffers: whether the level's own buffers may move (in its own step only).
         """
-        names = self.levels[self.level].names
+        own = self.levels[self.level]
+        levels = [self.levels[name] for name in own.names]
         if moves_buffers and self.recorded:
-            held = {name: self.levels[name].buffers for name in names}
-            self.buffers.update({name: buffers.copies() for name, buffers in held.items() if not buffers.empty})
-            if self.level in self.buffers and self.levels[self.level].compiled is None:  # which looks by itself
-                undo.enter_context(held[self.level].watched())
-        for name in names:
-            level = self.levels[name]
-            if name in values:
-                level.variables.bind(values[name], undo)
-            if not (level.buffers.empty or (moves_buffers and name == self.level)):
-                level.buffers.hold(undo, self.buffers.get(name), moving=name == self.level)
+            for level in levels:
+                if not level.buffers.empty:
+                    self.buffers[level.name] = level.buffers.copies()
+            if not own.buffers.empty and own.compiled is None:  # which looks by itself
+                own.buffers.watch(undo)
+        for level in levels:
+            if level.name in values:
+                level.variables.bind(values[level.name], undo)
+            if not (level.buffers.empty or (moves_buffers and level is own)):
+                level.buffers.hold(undo, self.buffers.get(level.name), moving=level is own)
 
     def evaluate(
         self,
@@ -263,7 +264,7 @@ class LossCall:
             bound[name] = tensors if attached else tuple(t.detach() for t in tensors)
         views = {name: LevelView(self.levels[name].module, self.levels[name].module) for name in own.reads}
         levels = Levels(self.level, views, self.progress, what="hyperparameters")
-        with ExitStack() as undo, torch.set_grad_enabled(create_graph):
+        with Undo() as undo, torch.set_grad_enabled(create_graph):
             self.put_in_force(bound, undo)
             seed_generators(self.key, self.backend.device)
             found = {name: _option(self.level, name, f(levels)) for name, f in own.hyperparameters.items()}
@@ -307,7 +308,7 @@ class LossCall:
                 factor on the loss, divided out again (for fp16).
         """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
-        with ExitStack() as undo:
+        with Undo() as undo:
             self.put_in_force(bound, undo, moves_buffers=moves_buffers)
             yield self._gradients(inputs, wrt, create_graph=create_graph, **options)
 
@@ -327,7 +328,7 @@ class LossCall:
             MloError: the gradients are to be differentiable, and a module recomputes its activations when they are.
         """
         inputs, bound = self._bindings(values, wrt, follows, create_graph=create_graph)
-        with ExitStack() as undo:
+        with Undo() as undo:
             self.put_in_force(bound, undo, moves_buffers=moves_buffers)
             return self._gradients(inputs, wrt, create_graph=create_graph, outlives=create_graph, **options)
 
@@ -350,11 +351,11 @@ class LossCall:
             elif name in wrt or name == self.level:
                 # An alias, so that the derivative is partial. A loss may go by it which of the level's own variables
                 # require a gradient, differentiate with respect to them, or register hooks.
-                inputs[name] = bound[name] = tuple(alias(t, create_graph=create_graph) for t in tensors)
+                inputs[name] = bound[name] = aliases(tensors, create_graph=create_graph)
             elif create_graph and name in own.attached:
                 bound[name] = tensors
             else:  # by value
-                bound[name] = tuple(t.detach() for t in tensors)
+                bound[name] = tuple([t.detach() for t in tensors])
         group = self.backend.group
         if group is not None and not in_place:
             for name in own.names:
@@ -546,8 +547,7 @@ Call = LossCall | MeanCall
 """A level's loss at one moment."""
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """A loss, its metrics and its gradients by level; `leaves` are the cotangents of a replayed call's cut points."""
 
     loss: Tensor
@@ -559,6 +559,13 @@ class Gradients:
 def alias(tensor: Tensor, *, create_graph: bool) -> Tensor:
     """Return a tensor of the same values to differentiate with respect to, part of the graph if one is made."""
     return tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def aliases(tensors: Tensors, *, create_graph: bool) -> Tensors:
+    """Return `alias` of each."""
+    if not create_graph:
+        return tuple([t.detach().requires_grad_() for t in tensors])
+    return tuple([alias(t, create_graph=True) for t in tensors])
 
 
 def check_twice_differentiable(gradient: Gradient) -> None:

@@ -201,7 +201,7 @@ def from_first(make: Callable[[], T], group: Group) -> T:
             made[0] = make()
         except Exception as error:  # noqa: BLE001 - the others wait to hear of any
             own = error
-            made[1] = error if isinstance(error, MloError) else _quoted(error)
+            made[1] = as_told(error)
     with _Together():
         torch.distributed.broadcast_object_list(made, torch.distributed.get_global_rank(group, 0), group)
     if own is not None:
@@ -212,7 +212,10 @@ def from_first(make: Callable[[], T], group: Group) -> T:
     return found
 
 
-def _quoted(error: Exception) -> MloError:
+def as_told(error: Exception) -> MloError:
+    """Return what the other processes raise where the first one raised an error."""
+    if isinstance(error, MloError):
+        return error
     return MloError(f"the first process of the job failed, see what it says: {type(error).__name__}: {error}")
 
 

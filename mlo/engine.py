@@ -595,7 +595,7 @@ class Engine:
         note(name, "loss", found.loss)
         for metric, value in found.metrics.items():
             note(name, metric, value)
-        note(name, "learning_rate", self.graph[name].optimizer.param_groups[0].get("lr", float("nan")))
+        note(name, "learning_rate", self.graph[name].optimizer.param_groups[0].get("lr", math.nan))
         for level, metric, value in self._journal.figures:
             note(level, metric, value.detach() if isinstance(value, Tensor) else value)
         self._journal.figures.clear()

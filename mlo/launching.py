@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mlo.distributed import as_told
 from mlo.errors import MloError
 
 if torch.distributed.is_available():  # not in every build of PyTorch
@@ -89,10 +90,11 @@ def joined() -> Iterator[None]:
     )
     try:
         yield
-    except MloError as error:
+    except Exception as error:
+        told = str(as_told(error))
         if rank == 0:
-            store.set(_SAID, str(error))
-        elif _was_said(store, str(error)):
+            store.set(_SAID, told)
+        elif isinstance(error, MloError | OSError) and _was_said(store, told):
             sys.exit(2)
         raise
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mlo.arithmetic import Gradient, norm, scaled, summed
-from mlo.autodiff import alias
+from mlo.autodiff import alias, aliases
 from mlo.errors import MloError
 from mlo.levels import Tensors
 from mlo.sharding import local
@@ -226,7 +226,7 @@ class Update:
                     if key == "step":
                         step = float(value)
                     elif isinstance(value, Tensor) and value.shape == p.shape:
-                        own[key] = local(value).clone()
+                        own[key] = (value if type(value) is Tensor else local(value)).clone()
                 if gradient[i] is not None:
                     by_kind.setdefault((step, tuple(own), p.dtype), []).append(i)
             buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]
@@ -276,7 +276,7 @@ class Update:
             with torch.set_grad_enabled(create_graph):
                 return self._pull_back_sgd(gradient, cotangent, state_cotangent, before=before)
         with torch.enable_grad():
-            w = tuple(alias(t, create_graph=create_graph) for t in weights)
+            w = aliases(weights, create_graph=create_graph)
             g = tuple(None if t is None else alias(t, create_graph=create_graph) for t in gradient)
             s = tuple({name: alias(t, create_graph=create_graph) for name, t in own.items()} for own in self.state)
             h = {name: alias(t, create_graph=create_graph) for name, t in self.hyperparameters.items()}

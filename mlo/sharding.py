@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mlo.distributed import Group
 from mlo.errors import GraphError
-from mlo.levels import Tensors, Variables
+from mlo.levels import Tensors, Undo, Variables
 from mlo.trees import map_tensors
 
 
@@ -41,8 +41,8 @@ class ShardedVariables(Variables):
         """The shards, in the memory of the parameters."""
         return tuple(local(p.detach()) for p in self.parameters)
 
-    def bind(self, tensors: Tensors, undo: ExitStack) -> None:
-        """Let the shards have the values of `tensors` until `undo` is closed; FSDP gathers parameters anew."""
+    def bind(self, tensors: Tensors, undo: Undo) -> None:
+        """Let the shards have the values of `tensors` until the end of `undo`; FSDP gathers parameters anew."""
         shards = self.tensors
         moved = any(t.data_ptr() != s.data_ptr() for t, s in zip(tensors, shards, strict=True))
         kept = tuple(s.clone() for s in shards) if moved else ()

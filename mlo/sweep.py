@@ -17,17 +17,17 @@ state) is a constant of the map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from mlo.arithmetic import Gradient, accumulate, add, dense, norm, scaled, split, summed
-from mlo.autodiff import Call, Gradients, alias, check_twice_differentiable
+from mlo.autodiff import Call, Gradients, aliases, check_twice_differentiable
 from mlo.calls import Calls
 from mlo.errors import MloError
-from mlo.levels import Tensors
+from mlo.levels import Tensors, Undo
 from mlo.optimizers import OptimizerState, Update, UpdateCotangents
 from mlo.structure import Structure
 
@@ -49,7 +49,7 @@ class Weights:
     def materialize(self) -> None:
         """Take a copy, because the module's parameters are about to change."""
         with torch.no_grad():
-            self.tensors = tuple(t.clone() for t in self.tensors)
+            self.tensors = tuple([t.clone() for t in self.tensors])
         self.live = False
 
 
@@ -287,21 +287,21 @@ class Step:
         Relies on the symmetry of second derivatives. Error: O(radius^2) of the third derivative, plus rounding /
         radius.
         """
-        size = norm(direction, self.call.levels[self.level].variables.group)
-        rate = torch.where(size > 0, size, radius) * (1 / radius)
-        length = rate.reciprocal()
 
-        def side(sign: float) -> Tensors:
-            moved = iter(summed(own, offset, sign))
+        def side(distance: float) -> Tensors:
+            moved = iter(summed(own, unit, distance))
             return tuple(w if d is None else next(moved) for w, d in zip(self.weights, direction, strict=True))
 
         with torch.set_grad_enabled(self.create_graph):
+            size = norm(direction, self.call.levels[self.level].variables.group)
+            size = torch.where(size > 0, size, 1.0)
             own = [w for w, d in zip(self.weights, direction, strict=True) if d is not None]
-            offset = scaled([d for d in direction if d is not None], length)
-            before, after = side(-1.0), side(1.0)
+            unit = scaled([d for d in direction if d is not None], size.reciprocal())
+            before, after = side(-radius), side(radius)
         change = self.change(before, after, targets)
         with torch.set_grad_enabled(self.create_graph):
-            return {q: tuple(scaled(tensors, rate * 0.5)) for q, tensors in change.items()}
+            rate = size * (0.5 / radius)
+            return {q: tuple(scaled(tensors, rate)) for q, tensors in change.items()}
 
     def change(
         self,
@@ -371,13 +371,11 @@ class Step:
             inputs: levels whose values are to be tensors of their own, to differentiate what is found once more.
         """
         if self.inner is not None:  # otherwise `LossCall` sees to it
-            own = tuple(alias(t, create_graph=self.create_graph) for t in own)
+            own = aliases(own, create_graph=self.create_graph)
         values = {**values_of(self.world), self.level: own}
         for q in inputs:
             if q in values or self.inner is not None:  # a repeated solve must tell partial from total derivatives
-                values[q] = tuple(
-                    alias(t, create_graph=self.create_graph) for t in values.get(q, self.world[q].tensors)
-                )
+                values[q] = aliases(values.get(q, self.world[q].tensors), create_graph=self.create_graph)
         return values
 
     def _inputs(self, values: Mapping[str, Tensors], targets: Sequence[str]) -> dict[str, Tensors]:
@@ -444,7 +442,7 @@ class Step:
         flat = [t for tensors in inputs.values() for t in tensors]
         own = grads[:count]
         if len(grads) > count and self._kept is not None:
-            with ExitStack() as undo:  # a module that recomputes its activations must not move its buffers
+            with Undo() as undo:  # a module that recomputes its activations must not move its buffers
                 for name in {kept.level for kept in self._kept.calls}:
                     self.call.levels[name].buffers.hold(undo)
                 own = add(own, self._kept.pull_back(grads[count:], flat))

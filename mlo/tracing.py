@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from mlo.autodiff import Backend, Level
 from mlo.errors import GraphError
 from mlo.graph import Graph
+from mlo.levels import Undo
 from mlo.state import LevelState
 
 
@@ -27,9 +27,9 @@ def trace(
         GraphError: a loss reads a level without an edge, does not read one that it has an edge to, or depends on none.
     """
     variables = {name: level.variables.parameters for name, level in levels.items()}
-    with ExitStack() as undo:
+    with Undo() as undo:
         for level in levels.values():
-            undo.enter_context(level.buffers.watched())
+            level.buffers.watch(undo)
             level.buffers.hold(undo, moving=True)
             level.variables.bind(level.variables.tensors, undo)  # sharded ones are gathered anew by it
         for name, state in states.items():

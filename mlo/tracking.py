@@ -173,6 +173,8 @@ def mean(name: str, values: Sequence[Tensor | float]) -> float:
         MloError: one is no number.
     """
     try:
+        if len(values) == 1:
+            return float(values[0])
         numbers = [float(value) for value in values]
     except (TypeError, ValueError, RuntimeError) as error:
         raise MloError(f"metric {name!r}: expected a number or a tensor of one entry; found {values[0]!r}") from error

@@ -14,6 +14,8 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
         return function(tree)
     if isinstance(tree, tuple):
         items = [map_tensors(item, function) for item in tree]
+        if type(tree) is tuple:
+            return tuple(items)
         if type(tree).__module__ == "torch.return_types":  # what torch.sort and the like return
             return type(tree)(items)
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)

@@ -89,10 +89,18 @@ def test_a_process_that_is_killed_ends_all(tmp_path):
     assert "was killed (signal 9). If the run had begun, go on with mlo resume" in error
 
 
-def test_a_mistake_that_every_process_finds_is_said_once(tmp_path):
-    found = run(tmp_path / "run", "--launch", "2", "--set", "batch_size=33")
+@pytest.mark.parametrize(
+    ("output", "settings", "message"),
+    [
+        ("run", ["--set", "batch_size=33"], "expected a multiple of the 2 processes"),
+        ("file/run", [], "file/run: Not a directory; choose another place"),  # the first process alone finds out
+    ],
+)
+def test_a_mistake_is_said_once(tmp_path, output, settings, message):
+    (tmp_path / "file").touch()
+    found = run(tmp_path / output, "--launch", "2", *settings)
     assert (found.returncode, found.stderr.count("Error: "), "Traceback" in found.stderr) == (2, 1, False), found.stderr
-    assert "expected a multiple of the 2 processes" in found.stderr
+    assert message in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mlo
+from mlo.levels import Undo
 
 
 class Tied(nn.Module):
@@ -322,3 +323,16 @@ def test_a_loss_that_raises_leaves_the_module_as_it_was():
     assert torch.equal(torch.get_rng_state(), before[1])
     fail.armed = False
     engine.run(1, progress=False)
+
+
+def test_everything_is_put_back_even_if_that_is_interrupted():
+    done = []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Undo() as undo:
+        undo.callback(lambda: done.append("last"))
+        undo.callback(interrupted)
+        undo.callback(lambda: done.append("first"))
+    assert done == ["first", "last"]
