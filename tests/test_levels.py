@@ -331,8 +331,9 @@ def test_everything_is_put_back_even_if_that_is_interrupted():
     def interrupted():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Undo() as undo:
-        undo.callback(lambda: done.append("last"))
-        undo.callback(interrupted)
-        undo.callback(lambda: done.append("first"))
+    undo = Undo()
+    for function in (lambda: done.append("last"), interrupted, lambda: done.append("first")):
+        undo.callback(function)
+    with pytest.raises(KeyboardInterrupt), undo:
+        pass
     assert done == ["first", "last"]
