@@ -226,7 +226,7 @@ class Update:
                     if key == "step":
                         step = float(value)
                     elif isinstance(value, Tensor) and value.shape == p.shape:
-                        own[key] = (value if type(value) is Tensor else local(value)).clone()
+                        own[key] = local(value).clone()
                 if gradient[i] is not None:
                     by_kind.setdefault((step, tuple(own), p.dtype), []).append(i)
             buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]

@@ -288,19 +288,18 @@ class Step:
         radius.
         """
 
-        def side(distance: float) -> Tensors:
-            moved = iter(summed(own, unit, distance))
+        def side(share: float) -> Tensors:
+            moved = iter(summed(own, across, share))
             return tuple(w if d is None else next(moved) for w, d in zip(self.weights, direction, strict=True))
 
         with torch.set_grad_enabled(self.create_graph):
             size = norm(direction, self.call.levels[self.level].variables.group)
-            size = torch.where(size > 0, size, 1.0)
+            rate = torch.where(size > 0, size, 1.0) * (0.5 / radius)
             own = [w for w, d in zip(self.weights, direction, strict=True) if d is not None]
-            unit = scaled([d for d in direction if d is not None], size.reciprocal())
-            before, after = side(-radius), side(radius)
+            across = scaled([d for d in direction if d is not None], rate.reciprocal())
+            before, after = side(-0.5), side(0.5)
         change = self.change(before, after, targets)
         with torch.set_grad_enabled(self.create_graph):
-            rate = size * (0.5 / radius)
             return {q: tuple(scaled(tensors, rate)) for q, tensors in change.items()}
 
     def change(

@@ -292,6 +292,24 @@ def test_a_step_whose_loss_did_not_read_its_level(optimizer, clip_norm):
     torch.testing.assert_close(up.u.detach(), 0.99 * torch.tensor([1.0, -2.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shortest"), [(torch.float16, 1e-5), (torch.bfloat16, 1e-37), (torch.float32, 1e-38)]
+)
+def test_a_difference_along_a_direction_as_short_as_its_precision_has(dtype, shortest):
+    low, up = Vectors(w=[0.3, 0.4]).to(dtype), Vectors(u=[1.0, -2.0]).to(dtype)
+    towards = torch.tensor([6.0, 8.0])
+
+    def fit(levels, batch):
+        return 0.5 * (levels.low.w - levels.up.u).square().sum()
+
+    def judge(levels, batch):
+        return (levels.low.w * (shortest * towards).to(dtype)).sum()
+
+    engine = pair(low, up, fit, judge, mlo.FiniteDifference(radius=0.25))
+    found = engine.hypergradient("up")["u"].double() / shortest
+    torch.testing.assert_close(found, 0.1 * towards.double(), rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9])
 def test_a_difference_along_a_zero_gradient_in_a_nest_has_a_derivative(scale):
     def vector(*values):
