@@ -563,9 +563,7 @@ def alias(tensor: Tensor, *, create_graph: bool) -> Tensor:
 
 def aliases(tensors: Tensors, *, create_graph: bool) -> Tensors:
     """Return `alias` of each."""
-    if not create_graph:
-        return tuple([t.detach().requires_grad_() for t in tensors])
-    return tuple([alias(t, create_graph=True) for t in tensors])
+    return tuple([alias(t, create_graph=create_graph) for t in tensors])
 
 
 def check_twice_differentiable(gradient: Gradient) -> None:

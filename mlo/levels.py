@@ -30,7 +30,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class Undo:
     """What puts things back at the end of a block, the last first.
 
-    An `ExitStack` of callbacks alone, in a third of the time: there is one for every evaluation of a loss.
+    An `ExitStack` of callbacks alone, in a quarter of the time: there is one for every evaluation of a loss.
     """
 
     def __init__(self) -> None:

@@ -131,7 +131,7 @@ def check_shards(name: str, module: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that is here: a shard of a `DTensor`, anything else itself."""
     part: Any = tensor
-    return part.to_local() if type(tensor) is not Tensor and _is_distributed(tensor) else tensor
+    return part.to_local() if _is_distributed(tensor) else tensor
 
 
 def whole(tree: Any) -> Any:

@@ -124,8 +124,7 @@ class LevelState:
         with torch.no_grad():  # copies: the record keeps the gradient, and an optimizer may write into its own
             for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
                 if g is not None:
-                    if g.layout is not torch.strided:
-                        raise self._not_dense(i, g)
+                    self._check_dense(i, g)
                     own = g.clone() if g.stride() == tensors[i].stride() else torch.empty_like(tensors[i]).copy_(g)
                     parameters[i].grad = like_parameter(i, own)
         self.problem.optimizer.step()
@@ -138,11 +137,12 @@ class LevelState:
         self.renew()
         self.steps_taken += 1
 
-    def _not_dense(self, index: int, gradient: Tensor) -> MloError:
-        return MloError(
-            f"level {self.problem.name!r}, {self.level.variables.names[index]}: expected a dense gradient; found one "
-            f"of layout {gradient.layout}. Build the module with sparse=False."
-        )
+    def _check_dense(self, index: int, gradient: Tensor) -> None:
+        if gradient.layout is not torch.strided:
+            raise MloError(
+                f"level {self.problem.name!r}, {self.level.variables.names[index]}: expected a dense gradient; found "
+                f"one of layout {gradient.layout}. Build the module with sparse=False."
+            )
 
     def snapshot(self) -> Callable[[], None]:
         """Copy everything that a step changes (the stream apart); return a function that puts it back bit for bit."""

@@ -296,7 +296,7 @@ class Step:
             size = norm(direction, self.call.levels[self.level].variables.group)
             rate = torch.where(size > 0, size, 1.0) * (0.5 / radius)
             own = [w for w, d in zip(self.weights, direction, strict=True) if d is not None]
-            across = scaled([d for d in direction if d is not None], rate.reciprocal())
+            across = scaled([d for d in direction if d is not None], rate.reciprocal())  # from one side to the other
             before, after = side(-0.5), side(0.5)
         change = self.change(before, after, targets)
         with torch.set_grad_enabled(self.create_graph):
