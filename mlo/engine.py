@@ -52,7 +52,7 @@ from mlo.replay import replay_solve
 from mlo.script import Script
 from mlo.sharding import find_group, is_sharded
 from mlo.state import LevelState, check_generators, move_optimizer
-from mlo.sweep import Context, Journal, Member, Solve, Step, Weights, World, sweep, values_of
+from mlo.sweep import Context, Journal, Member, Solve, Step, StepGraph, Weights, World, sweep, values_of
 from mlo.tracing import trace
 from mlo.tracking import Callback, ProgressBar, RoundReport, check_callbacks, mean
 
@@ -377,7 +377,13 @@ class Engine:
                 self._take_step(name)
 
     def _take_step(
-        self, name: str, *, recorded: bool = False, repeatable: bool = False, reuses: bool = False
+        self,
+        name: str,
+        *,
+        recorded: bool = False,
+        repeatable: bool = False,
+        reuses: bool = False,
+        keeps_graph: bool = False,
     ) -> Step | None:
         """Step a level, after solving those inside it.
 
@@ -386,13 +392,20 @@ class Engine:
             recorded: return the record of the step.
             repeatable: the levels inside are recorded in full, so that the step's objective can be repeated.
             reuses: keep the calls of other levels' modules for the step's products.
+            keeps_graph: keep the graph of the step's gradient for them.
         """
         inside = self.graph.structure.inside[name]
         diagnosed = bool(inside) and self._diagnosing and f"{name}.hypergradient_cosine" not in self._tallies
         with self._restored(inside) if self._rollback else nullcontext():
             solve = self._solve(name, repeatable=repeatable or diagnosed)
             found, step = self._sweep(
-                name, solve, recorded=recorded, moves_buffers=True, reuses=reuses, diagnosed=diagnosed
+                name,
+                solve,
+                recorded=recorded,
+                moves_buffers=True,
+                reuses=reuses,
+                keeps_graph=keeps_graph,
+                diagnosed=diagnosed,
             )
         state = self._states[name]
         average_buffers(state.problem.module, self._backend.group)
@@ -429,6 +442,8 @@ class Engine:
             wanted = estimator.recorded_steps
             depth = num if repeatable or wanted is None else min(wanted, num)
             depth = depth if recorded else 0
+            limits = (0 if structure.inside[q] else depth, wanted, estimator.kept_graphs)
+            graphs = min(limit for limit in limits if limit is not None)
             segment = math.ceil(math.sqrt(depth)) if estimator.recomputes and depth else 1
             skips = self._states[q].scale.active and 0 < depth < num  # then the last steps may not be the last taken
             steps: list[Step] = []
@@ -436,7 +451,9 @@ class Engine:
             for index in range(num):
                 keeps = skips or index >= num - depth
                 reuses = wanted != 0 and index == num - 1 and not structure.inside[q] and recorded
-                step = self._take_step(q, recorded=keeps, repeatable=keeps, reuses=reuses)
+                step = self._take_step(
+                    q, recorded=keeps, repeatable=keeps, reuses=reuses, keeps_graph=index >= num - graphs
+                )
                 if step is not None:
                     steps.append(step.thinned() if len(steps) % segment and not skips else step)
             del steps[: max(0, len(steps) - depth)]
@@ -453,15 +470,17 @@ class Engine:
         recorded: bool,
         moves_buffers: bool,
         reuses: bool = False,
+        keeps_graph: bool = False,
         diagnosed: bool = False,
     ) -> tuple[Gradients, Step | None]:
         state = self._states[name]
         world = self._world()
         call = self._next_call(name, world, recorded=recorded or diagnosed)
         habits = self._levels[name].habits
-        reuses = reuses and self._backend.autocast is None and len(call.parts) == 1  # products are in full precision
-        reuses = reuses and any(habits.keeps(q) for q in self.graph.structure.reads[name])
+        precise = self._backend.autocast is None and len(call.parts) == 1  # products are in full precision
+        reuses = reuses and precise and any(habits.keeps(q) for q in self.graph.structure.reads[name])
         calls = Calls(self._backend.device, habits, self._backend.group) if reuses else None
+        graphs: list[StepGraph] = []
         found = sweep(
             self._context,
             call,
@@ -471,6 +490,7 @@ class Engine:
             moves_buffers=moves_buffers,
             autocast=True,
             record=calls,
+            graphs=graphs if keeps_graph and precise else None,
             journal=self._journal,
             scale=state.scale.value,
         )
@@ -485,7 +505,8 @@ class Engine:
         problem, gradient = self.graph[name], found.of[name]
         parameters = self._levels[name].variables.parameters
         update = Update.capture(problem.optimizer, parameters, gradient, problem.clip_norm, options)
-        return found, Step(self._context, call, world, gradient, update, solve, calls, scale=state.scale.value)
+        scale = state.scale.value
+        return found, Step(self._context, call, world, gradient, update, solve, calls, scale=scale, graphs=graphs)
 
     def _next_call(self, name: str, world: World, *, recorded: bool) -> Call:
         """Return the loss of a level's next step: on a new batch, or the one that a script has written down."""
@@ -521,7 +542,7 @@ class Engine:
                 self._drop_records()
                 self._journal = journal.copy()
                 script.rewind()
-                self._solve(name, repeatable=False)
+                self._solve(name, repeatable=False, recorded=False)
                 return float(script.next_call().gradients(values_of(self._world()), [name]).loss)
 
             try:

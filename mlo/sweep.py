@@ -17,7 +17,7 @@ state) is a constant of the map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -39,17 +39,24 @@ class Weights:
     a record still refers to them.
     """
 
-    __slots__ = ("live", "recorded", "tensors")
+    __slots__ = ("_copies", "live", "recorded", "tensors")
 
     def __init__(self, tensors: Tensors, *, live: bool = False) -> None:
         self.tensors = tensors
         self.live = live
         self.recorded = False
+        self._copies: Tensors | None = None
+
+    def copies(self) -> Tensors:
+        """Return copies, the same ones at each call; they stay what they are when the module's parameters change."""
+        if self._copies is None:
+            with torch.no_grad():
+                self._copies = tuple([t.clone() for t in self.tensors])
+        return self._copies
 
     def materialize(self) -> None:
         """Take a copy, because the module's parameters are about to change."""
-        with torch.no_grad():
-            self.tensors = tuple([t.clone() for t in self.tensors])
+        self.tensors = self.copies()
         self.live = False
 
 
@@ -146,6 +153,23 @@ class Context:
     examined: set[str] = field(default_factory=set)
 
 
+class StepGraph:
+    """The gradient of a step together with its graph, for the first product of the step: it is not computed twice.
+
+    Attributes:
+        own: the variables of the level in the graph.
+        gradient: of the level's loss with respect to them.
+        buffers: `Buffers.versions` of the level after the gradient was computed.
+    """
+
+    __slots__ = ("buffers", "gradient", "own")
+
+    def __init__(self, own: Tensors, gradient: Gradient, buffers: list[tuple[int, int]]) -> None:
+        self.own = own
+        self.gradient = gradient
+        self.buffers = buffers
+
+
 @dataclass(frozen=True)
 class Step:
     """One recorded optimizer step of a level.
@@ -160,6 +184,7 @@ class Step:
         create_graph: whether the step was repeated differentiably and its derivatives must be differentiable too.
         scale: of the loss in the backward pass.
         thin: whether the level's own weights, gradient and optimizer state are left out, to be recomputed.
+        graphs: that of the gradient, if it was kept and no product has used it up.
     """
 
     context: Context
@@ -172,6 +197,7 @@ class Step:
     create_graph: bool = False
     scale: float = 1.0
     thin: bool = False
+    graphs: list[StepGraph] = field(default_factory=list)
 
     @property
     def level(self) -> str:
@@ -237,11 +263,8 @@ class Step:
         if self.inner is None and len(self.call.parts) > 1:
             yield self._mean_product
             return
-        values = self._values(self.weights, targets)
-        inputs = self._inputs(values, targets)
         kept = self._kept
-        with self._differentiable(values, targets) as found:
-            gradient = found.of[self.level]
+        with self._differentiable(targets) as (inputs, gradient):
 
             def product(
                 direction: Gradient, targets: Sequence[str], *, create_graph: bool = False
@@ -387,16 +410,33 @@ class Step:
             return self.call.gradients(values, wrt, create_graph=self.create_graph, replay=self._kept, only=wrt)
         return self._repeated(values, wrt, create_graph=self.create_graph, ends=ends)
 
-    def _differentiable(
-        self, values: Mapping[str, Tensors], targets: Sequence[str]
-    ) -> AbstractContextManager[Gradients]:
-        """dF_p/dw_p, to be differentiated by the targets; without a nest, all stays in force within the block."""
+    @contextmanager
+    def _differentiable(self, targets: Sequence[str]) -> Iterator[tuple[dict[str, Tensors], Gradient]]:
+        """Yield the targets and dF_p/dw_p, to be differentiated by them; without a nest, all stays in force within."""
         own = [self.level]
-        if self.inner is None:
-            return self.call.differentiated(
-                values, own, create_graph=True, replay=self._kept, follows=targets, only=targets or own
-            )
-        return nullcontext(self._repeated(values, own, create_graph=True))
+        if (graph := self._take_graph()) is not None:
+            values = {self.level: graph.own}
+            with Undo() as undo:
+                self.call.parts[0].put_in_force(values, undo)
+                yield self._inputs(values, targets), graph.gradient
+            return
+        values = self._values(self.weights, targets)
+        inputs = self._inputs(values, targets)
+        if self.inner is not None:
+            yield inputs, self._repeated(values, own, create_graph=True).of[self.level]
+            return
+        with self.call.differentiated(
+            values, own, create_graph=True, replay=self._kept, follows=targets, only=targets or own
+        ) as found:
+            yield inputs, found.of[self.level]
+
+    def _take_graph(self) -> StepGraph | None:
+        """Return the kept graph, once, if nothing that it reads has been written into since."""
+        if not self.graphs:
+            return None
+        graph, level = self.graphs.pop(), self.call.levels[self.level]
+        still = all(self.world[q].live for q in level.reads) and level.buffers.versions() == graph.buffers
+        return graph if still else None
 
     def _repeated(
         self, values: Mapping[str, Tensors], wrt: Sequence[str], *, create_graph: bool, ends: Ends | None = None
@@ -561,7 +601,7 @@ class Response:
         """Return the last recorded step, reading the targets as they are now."""
         step = self.steps[-1]
         moved = {q: self.end[q] for q in self.targets if not step.is_current(q, self.end)}
-        return replace(step, world={**step.world, **moved}, calls=None) if moved else step
+        return replace(step, world={**step.world, **moved}, calls=None, graphs=[]) if moved else step
 
 
 def sweep(
@@ -575,6 +615,7 @@ def sweep(
     moves_buffers: bool = False,
     autocast: bool = False,
     record: Calls | None = None,
+    graphs: list[StepGraph] | None = None,
     journal: Journal | None = None,
     scale: float = 1.0,
 ) -> Gradients:
@@ -590,10 +631,14 @@ def sweep(
         moves_buffers: whether the level's own buffers may move.
         autocast: whether the loss runs in the backend's lower precision.
         record: remembers the calls of other levels' modules.
+        graphs: receives the graph of the level's own gradient, where it can be kept and no level is solved inside; no
+            calls are remembered then.
         journal: of the estimators; None in the sweeps within a nest, which are repeated any number of times.
         scale: loss scale of the backward pass.
     """
     structure, level = context.structure, call.level
+    if graphs is not None and _can_keep_graph(call):
+        return _with_graph(call, world, graphs)
     inside = structure.inside[level]
     wanted = {*inside, *wrt}
     attached_reads = structure.reads[level]
@@ -627,6 +672,26 @@ def sweep(
                 total[q] = add(total[q], c) if q in total else tuple(c)
     of = {q: total[q] if q in total else (None,) * len(world[q].tensors) for q in wrt}
     return Gradients(direct.loss, direct.metrics, of)
+
+
+def _can_keep_graph(call: Call) -> bool:
+    """Whether `_with_graph` can be used: not on compiled or sharded levels, nor past hooks of parameters."""
+    own = call.levels[call.level]
+    sharded = any(level.variables.sharded for level in call.levels.values())
+    hooked = any(p._backward_hooks for p in own.variables.parameters)
+    return own.compiled is None and not sharded and not hooked
+
+
+def _with_graph(call: Call, world: World, graphs: list[StepGraph]) -> Gradients:
+    """Return the derivative of a level's loss by its own variables; `graphs` receives how it was found."""
+    level = call.levels[call.level]
+    own = tuple([t.detach().requires_grad_() for t in world[level.name].copies()])
+    with call.differentiated(
+        {level.name: own}, [level.name], create_graph=True, moves_buffers=True, follows=level.attached
+    ) as found:
+        gradient = found.of[level.name]
+    graphs.append(StepGraph(own, gradient, level.buffers.versions()))
+    return found._replace(of={level.name: tuple([None if g is None else g.detach() for g in gradient])})
 
 
 def like_recorded(recorded: Gradient, gradient: Gradient, weights: Tensors) -> Gradient:

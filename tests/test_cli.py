@@ -121,7 +121,7 @@ def test_graph_draws_and_tells(tmp_path, suffix):
     done = CliRunner().invoke(main, ["graph", "lbt/digits", "--output", str(picture), *small(swap)])
     assert done.exit_code == 0, done.output
     assert picture.stat().st_size > 1000
-    assert "Unroll(last=None, checkpoint=False)" in done.output
+    assert "Unroll(last=None, checkpoint=False, graphs=1)" in done.output
     assert "FiniteDifference(radius=0.01, last=1)" in done.output
     assert "architecture (detached)" in done.output
 
@@ -135,7 +135,10 @@ def test_check_judges_learning_by_teaching(tmp_path, monkeypatch):
     done = CliRunner().invoke(main, ["check", "lbt/digits", "--directions", "2", "--seed", "1", *small(*UNROLL)])
     assert done.exit_code == 0, done.output
     assert re.search(r"architecture  2 of 224 +\d\.\de-0[6-9] +1.00000   exact, as claimed", done.output)
-    assert "teacher: Unroll(last=None, checkpoint=False) is exact: it goes back through all 1 steps" in done.output
+    assert (
+        "teacher: Unroll(last=None, checkpoint=False, graphs=1) is exact: it goes back through all 1 steps"
+        in done.output
+    )
     assert not list(tmp_path.iterdir())
 
 

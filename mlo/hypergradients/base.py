@@ -57,6 +57,15 @@ class Hypergradient(abc.ABC):
         return False
 
     @property
+    def kept_graphs(self) -> int | None:
+        """How many of the last steps keep the graph of their gradient for their first product; None for all of them.
+
+        The product then costs no gradient, and the graph takes memory from the step on. Not kept where a level is
+        solved inside this one, in lower precision, with micro-batches, or compiled.
+        """
+        return 0
+
+    @property
     def implicit(self) -> bool:
         """Whether the response counts as a function of its targets alone, rather than of the steps taken.
 

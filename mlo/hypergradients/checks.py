@@ -7,12 +7,13 @@ import math
 from mlo.errors import MloError
 
 
-def check_count(estimator: object, name: str, *, none: str | None = None) -> None:
-    """Refuse an argument that is not a whole number of at least 1.
+def check_count(estimator: object, name: str, *, least: int = 1, none: str | None = None) -> None:
+    """Refuse an argument that is not a whole number of at least `least`.
 
     Args:
         estimator: whose argument it is.
         name: of the argument.
+        least: number that is allowed.
         none: what None stands for, where it is allowed.
 
     Raises:
@@ -21,10 +22,10 @@ def check_count(estimator: object, name: str, *, none: str | None = None) -> Non
     value = getattr(estimator, name)
     if value is None and none is not None:
         return
-    if type(value) is not int or value < 1:
+    if type(value) is not int or value < least:
         allowed = f", or None for {none}" if none is not None else ""
         raise MloError(
-            f"{type(estimator).__name__}: {name} must be a whole number of at least 1{allowed}; found {value!r}"
+            f"{type(estimator).__name__}: {name} must be a whole number of at least {least}{allowed}; found {value!r}"
         )
 
 

@@ -27,7 +27,7 @@ class ConjugateGradient(Implicit):
     Reports as metrics of the level, each round: `cg_residual` (relative), `cg_iterations`, and `cg_negative_curvature`
     (1 if a direction of negative curvature ended it).
 
-    Cost: one gradient and its graph, and one backward pass through it an iteration.
+    Cost: the graph of the last step (in a nest one more gradient), and one backward pass through it an iteration.
 
     Args:
         iterations: at most, at least 1.

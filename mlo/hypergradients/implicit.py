@@ -40,6 +40,11 @@ class Implicit(Hypergradient):
         return False
 
     @property
+    def kept_graphs(self) -> int:
+        """That of the last step: all products go through it."""
+        return 1
+
+    @property
     def implicit(self) -> bool:
         """The response is a function of its targets alone."""
         return True

@@ -28,8 +28,8 @@ class Neumann(Implicit):
     Reports as metrics of the level, each round: `neumann_residual` (relative), `neumann_growth` (largest ratio of two
     successive terms; above 1 the series diverges, and a warning says so once) and `neumann_scale`.
 
-    Cost: one gradient and its graph, and `terms - 1` backward passes through it; the automatic scale costs up to 20
-    more in the first round, and 1 or 2 in those that follow.
+    Cost: the graph of the last step (in a nest one more gradient), and `terms - 1` backward passes through it; the
+    automatic scale costs up to 20 more in the first round, and 1 or 2 in those that follow.
 
     Args:
         terms: of the series, at least 1.

@@ -26,7 +26,8 @@ class Nystrom(Implicit):
     Reports as metrics of the level, each round: `nystrom_negative_eigenvalues` (how many, of those found), which say
     that the level is not at a minimum.
 
-    Cost: one gradient and its graph, `rank` backward passes through it, and memory for `rank` vectors.
+    Cost: the graph of the last step (in a nest one more gradient), `rank` backward passes through it, and memory for
+    `rank` vectors.
 
     Args:
         rank: at least 1.

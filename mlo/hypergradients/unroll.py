@@ -20,25 +20,30 @@ class Unroll(Hypergradient):
     clipping, and through the hypergradients of levels solved inside this one. Exact with all steps (`last=None`), from
     the start of the solve, which counts as constant.
 
-    Cost: one double backward pass a step (about 2 to 4 gradients), and memory for the weights, gradient and optimizer
-    state of every step; with `checkpoint`, of 2 sqrt(K) of the K steps only, for one more gradient a step (Griewank
-    1992; Chen et al. 2016). Batches are kept in either case, and in a nest what the levels inside recorded.
+    Cost: one double backward pass a step, 2 to 4 gradients, or 1 to 3 where the graph was kept; and memory for the
+    weights, gradient and optimizer state of every step and for the kept graphs. With `checkpoint`, for 2 sqrt(K) of the
+    K steps and no graph, for one more gradient a step (Griewank 1992; Chen et al. 2016). Batches are kept in either
+    case, and in a nest what the levels inside recorded.
 
     Args:
         last: go back this many steps only (truncated back-propagation, Shaban et al. 2019); None for all.
         checkpoint: keep every sqrt(K)-th step, and recompute those between, segment by segment.
+        graphs: how many of the last steps keep the graph of their gradient, so that it is not made again when they are
+            gone back through; None for all, the least time and the most memory. Outside nests.
 
     Example:
         >>> Unroll(last=3)
-        Unroll(last=3, checkpoint=False)
+        Unroll(last=3, checkpoint=False, graphs=1)
     """
 
     last: int | None = None
     checkpoint: bool = False
+    graphs: int | None = 1
 
     def __post_init__(self) -> None:
         check_count(self, "last", none="all steps")
         check_flag(self, "checkpoint")
+        check_count(self, "graphs", least=0, none="all steps")
 
     @property
     def recorded_steps(self) -> int | None:
@@ -49,6 +54,11 @@ class Unroll(Hypergradient):
     def recomputes(self) -> bool:
         """Whether steps may be kept thin."""
         return self.checkpoint
+
+    @property
+    def kept_graphs(self) -> int | None:
+        """The last ones, but where memory is to be saved."""
+        return 0 if self.checkpoint else self.graphs
 
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
         """Exact with all steps."""

@@ -29,7 +29,10 @@ def test_what_betty_cannot_do_ends_the_command_before_anything_is_written(tmp_pa
     done = invoke("run", "lbt/digits", "--engine", "betty", "--set", "rounds=2", "--set", "diagnostics_every=1")
     assert done.exit_code == 2
     for level in ("teacher", "student"):
-        assert f"level {level!r}, Unroll(last=None, checkpoint=False): Betty has no such estimator" in done.output
+        assert (
+            f"level {level!r}, Unroll(last=None, checkpoint=False, graphs=1): Betty has no such estimator"
+            in done.output
+        )
         assert f"--set levels.{level}.hypergradient.kind=finite_difference" in done.output
     assert "diagnostics_every=1: Betty records no steps" in done.output
     assert not list(tmp_path.iterdir())

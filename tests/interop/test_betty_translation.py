@@ -82,8 +82,8 @@ def test_everything_that_cannot_be_is_named_at_once():
     starts = [line.partition(":")[0] for line in lines]
     assert starts == [
         "level 'teacher', micro_batches=2 with a scheduler",
-        "level 'teacher', Unroll(last=None, checkpoint=False)",
-        "level 'student', Unroll(last=None, checkpoint=False)",
+        "level 'teacher', Unroll(last=None, checkpoint=False, graphs=1)",
+        "level 'student', Unroll(last=None, checkpoint=False, graphs=1)",
         "level 'teacher', steps=2",
         "precision 'bf16' on device 'cpu'",
         "diagnostics_every=5",

@@ -80,6 +80,7 @@ def with_higher(problem: Bilevel) -> Hypergradient:
 BY_HAND = "by hand"
 WAYS: dict[str, Callable[[Bilevel], Hypergradient]] = {
     BY_HAND: by_hand,
+    "mlo Unroll(graphs=None)": partial(with_mlo, estimator=mlo.Unroll(graphs=None)),
     "mlo Unroll()": partial(with_mlo, estimator=mlo.Unroll()),
     "mlo Unroll(checkpoint=True)": partial(with_mlo, estimator=mlo.Unroll(checkpoint=True)),
     "TorchOpt MetaSGD": with_torchopt,

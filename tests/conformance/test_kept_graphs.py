@@ -1,0 +1,212 @@
+"""The graph of a level's last step, which `Unroll` goes back through: never a pass twice, never a graph out of date."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import mlo
+
+from .quadratics import relative_error
+from .random_graphs import flat
+
+KEPT, ALL_KEPT, NOT_KEPT = mlo.Unroll(), mlo.Unroll(graphs=None), mlo.Unroll(graphs=0)
+
+
+class Drifting(nn.Linear):
+    """Goes by a buffer that it writes into in every pass, and by another one that anyone may write into."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("gain", torch.ones(3))
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x) * self.gain * (1 + 0.1 * self.passes)
+
+
+def bilevel(estimator, *, steps=1, low=None, fit=None, judge=None, **options):
+    torch.manual_seed(0)
+    low = nn.Sequential(low() if low else nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    up = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    batches = torch.randn(4, 8, 3, dtype=torch.float64).unbind()
+
+    def imitate(levels, batch):
+        return (levels.low(batch) - levels.up(batch)).pow(4).mean()
+
+    def score(levels, batch):
+        return (levels.low(batch) - 1).square().mean()
+
+    sgd = torch.optim.SGD(low.parameters(), lr=0.2, momentum=0.9)
+    graph = mlo.Graph(
+        [
+            mlo.Problem("low", low, fit or imitate, sgd, batches, hypergradient=estimator, steps=steps),
+            mlo.Problem("up", up, judge or score, torch.optim.Adam(up.parameters(), lr=0.01), batches),
+        ],
+        [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
+    )
+    return mlo.Engine(graph, seed=1, device="cpu", **options)
+
+
+def assert_same_rounds(make, rounds=3):
+    """With the last graph kept, with all of them and with none, every round's hypergradient is the same."""
+    engines = [make(estimator) for estimator in (NOT_KEPT, KEPT, ALL_KEPT)]
+    for _ in range(rounds):
+        expected, *found = (flat(engine.hypergradient("up").values()) for engine in engines)
+        assert expected.norm() > 1e-4
+        for own in found:
+            assert relative_error(own, expected) < 1e-12
+        for engine in engines:
+            engine.run(1, progress=False)
+    return engines[-1]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "again"),
+    [(ALL_KEPT, 0), (mlo.Unroll(graphs=2), 1), (KEPT, 2), (NOT_KEPT, 3), (mlo.Unroll(checkpoint=True), 4),
+     (mlo.Unroll(last=2, graphs=None), 0), (mlo.Unroll(last=2), 1), (mlo.FiniteDifference(), 2)],
+    ids=str,
+)  # fmt: skip
+def test_a_step_whose_graph_was_kept_is_not_computed_again(estimator, again):
+    """Of three; with `checkpoint` one in between is recomputed from the first, too."""
+    engine = bilevel(estimator, steps=3)
+    passed = []
+    engine.run(1, progress=False)
+    engine.graph["low"].module.register_forward_hook(lambda *_: passed.append(1))
+    engine.run(1, progress=False)
+    assert len(passed) == 3 + 1 + again  # three steps, one evaluation
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_numbers_are_those_of_the_graph_made_again(steps):
+    assert_same_rounds(lambda estimator: bilevel(estimator, steps=steps))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("low", [Drifting, lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.3))])
+def test_modules_with_buffers_and_random_draws(low, train):
+    def make(estimator):
+        engine = bilevel(estimator, steps=2, low=low)
+        for name in ("low", "up"):
+            engine.graph[name].module.train(train)
+        return engine
+
+    assert_same_rounds(make)
+
+
+def test_a_buffer_written_into_after_the_step():
+    """By the loss of the upper level, past the views: autograd would refuse to go through the graph."""
+
+    def make(estimator):
+        gains = []
+
+        def judge(levels, batch):
+            for gain in gains:
+                gain.mul_(1.5)
+            return (levels.low(batch) - 1).square().mean()
+
+        engine = bilevel(estimator, low=Drifting, judge=judge)
+        gains.append(engine.graph["low"].module[0].gain)
+        return engine
+
+    assert_same_rounds(make)
+
+
+def test_a_level_that_moves_after_the_step():
+    """`first` reads `second`, which steps after it and before both are differentiated."""
+
+    def make(estimator):
+        torch.manual_seed(0)
+        modules = {name: nn.Linear(3, 3).double() for name in ("first", "second", "up")}
+        batches = torch.randn(3, 8, 3, dtype=torch.float64).unbind()
+
+        def fit(levels, batch):
+            return (levels.first(batch) @ levels.second.weight - levels.up(batch)).square().mean()
+
+        def follow(levels, batch):
+            return (levels.second(batch) - levels.first(batch).sin()).square().mean()
+
+        def judge(levels, batch):
+            return (levels.first(batch) + levels.second(batch) - 1).square().mean()
+
+        losses = {"first": fit, "second": follow, "up": judge}
+        graph = mlo.Graph(
+            [
+                mlo.Problem(name, module, losses[name], torch.optim.SGD(module.parameters(), lr=0.2), batches,
+                            hypergradient=estimator, steps=1 if name == "up" else 2)
+                for name, module in modules.items()
+            ],
+            [
+                mlo.Edge("up", "first"), mlo.Edge("second", "first", detached=True), mlo.Edge("first", "second"),
+                mlo.Edge("first", "up"), mlo.Edge("second", "up"),
+            ],
+        )  # fmt: skip
+        return mlo.Engine(graph, device="cpu")
+
+    kept = assert_same_rounds(make)
+    (level,) = kept.check("up", progress=False).levels
+    assert level.error < 1e-5
+
+
+def test_hooks_of_parameters_act_on_the_step():
+    engines = [bilevel(estimator) for estimator in (NOT_KEPT, KEPT, ALL_KEPT)]
+    for engine in engines:
+        weight = engine.graph["low"].module[0].weight
+        weight.register_hook(torch.zeros_like)
+        before = weight.detach().clone()
+        engine.run(2, progress=False)
+        assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("options", [{"rollback": True}, {"diagnostics_every": 1}], ids=str)
+def test_with_other_uses_of_the_same_solve(options):
+    assert_same_rounds(lambda estimator: bilevel(estimator, steps=2, **options))
+
+
+def test_diagnostics_find_nothing():
+    engine = bilevel(KEPT, steps=2, diagnostics_every=1)
+    assert engine.run(2, progress=False)["up.hypergradient_error"] < 1e-12
+
+
+def test_a_graph_is_free_as_soon_as_it_was_used():
+    """In a sweep over many levels no graph is left that was gone through; not even until garbage is collected."""
+    marks = []
+
+    class Mark:
+        pass
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark = Mark()
+            marks.append(weakref.ref(ctx.mark))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    class Watched(mlo.Unroll):
+        def pullback(self, cotangent, response):
+            before = alive()
+            found = super().pullback(cotangent, response)
+            counts.append((before, alive()))
+            return found
+
+    def alive():
+        return sum(mark() is not None for mark in marks)
+
+    def fit(levels, batch):
+        return (Marked.apply(levels.low(batch)) - levels.up(batch)).square().mean()
+
+    counts = []
+    engine = bilevel(Watched(graphs=2), fit=fit, steps=3)
+    gc.disable()
+    try:
+        engine.run(2, progress=False)
+    finally:
+        gc.enable()
+    assert counts == [(2, 0), (2, 0)]
