@@ -64,7 +64,7 @@ def conjugate_gradient(
         return Solution(torch.zeros_like(b), {"residual": 0.0, "iterations": 0, "negative_curvature": 0})
 
     def damped(v: Tensor) -> Tensor:
-        return operator(v) + damping * v if damping else operator(v)
+        return torch.add(operator(v), v, alpha=damping) if damping else operator(v)
 
     x, r = torch.zeros_like(b), b / length
     if start is not None:
@@ -81,10 +81,10 @@ def conjugate_gradient(
             negative = int(float(curvature) <= 0)
             break
         step = rz / curvature
-        x, r = x + step * p, r - step * hp
+        x, r = torch.addcmul(x, p, step), torch.addcmul(r, hp, step, value=-1)
         z = r if preconditioner is None else preconditioner(r)
         previous, rz = rz, torch.dot(r, z)
-        p = z + (rz / previous) * p
+        p = torch.addcmul(z, p, rz / previous)
         residual, done = float(torch.linalg.vector_norm(r)), done + 1
     return Solution(x * length, {"residual": residual, "iterations": done, "negative_curvature": negative})
 
@@ -111,11 +111,11 @@ def neumann(operator: LinearOperator, b: Tensor, *, terms: int, scale: float, st
     if start is not None:
         x, r = start, b - operator(start)
     norms = [torch.linalg.vector_norm(r)]
-    x = x + scale * r
+    x = torch.add(x, r, alpha=scale)
     for _ in range(terms - 1):
-        r = r - scale * operator(r)
+        r = torch.sub(r, operator(r), alpha=scale)
         norms.append(torch.linalg.vector_norm(r))
-        x = x + scale * r
+        x = torch.add(x, r, alpha=scale)
     sizes = torch.stack([length, *norms]).tolist()
     if sizes[0] == 0:
         return Solution(x, {"residual": 0.0, "growth": 0.0})

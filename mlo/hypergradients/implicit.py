@@ -127,7 +127,7 @@ class System:
         """Return the direction of a product that belongs to a vector: None for variables that take no part."""
         result: list[Tensor | None] = [None] * self._count
         for i, piece in zip(self.indices, self.split(vector), strict=True):
-            result[i] = piece * self._signs[i]
+            result[i] = piece if self._signs[i] == 1 else -piece
         return tuple(result)
 
     def decay_cotangent(self, vector: Tensor) -> dict[str, Tensor]:

@@ -104,6 +104,8 @@ def test_a_signal_stops_all_and_starts_no_more(tmp_path, number):
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
+    if signal.getsignal(number) is signal.SIG_IGN:  # as under nohup, where it is left alone
+        signal.signal(number, signal.SIG_DFL)
     handler = signal.getsignal(number)
     thread = threading.Thread(target=send)
     thread.start()
