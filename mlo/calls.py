@@ -40,25 +40,28 @@ _PATIENCE = 6
 
 @dataclass
 class Habits:
-    """What has been seen of the calls that one level's loss makes of other levels' modules.
+    """What has been seen of one level's steps, and of the calls that its loss makes of other levels' modules.
 
     It decides what is kept, and so, to rounding, what is computed: an engine saves it.
 
     Attributes:
         misses: by level, how often in a row a call of its module had to be made again although calls were kept.
         draws: whether the loss or a module that it calls drew from Python's or NumPy's generator.
+        keeps_graphs: whether graphs of the level's steps are worth keeping: none was out of date when it was wanted.
     """
 
     misses: dict[str, int] = field(default_factory=dict)
     draws: bool = False
+    keeps_graphs: bool = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return what there is to save."""
-        return {"misses": dict(self.misses), "draws": self.draws}
+        return {"misses": dict(self.misses), "draws": self.draws, "keeps_graphs": self.keeps_graphs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what was saved."""
         self.misses, self.draws = dict(state["misses"]), state["draws"]
+        self.keeps_graphs = state["keeps_graphs"]
 
     def keeps(self, level: str) -> bool:
         """Return whether calls of a level's module are worth keeping: those kept so far were of use, or were few."""

@@ -414,7 +414,7 @@ class Engine:
             solve = None
             self._drop_records()
         if state.scale.admits(found.of[name]):
-            state.take_step(found.of[name])
+            state.take_step(found.of[name], step.graphs[0].copies if step is not None and step.graphs else None)
         else:
             step = None
         if self._rollback and inside:
@@ -444,6 +444,8 @@ class Engine:
             depth = depth if recorded else 0
             limits = (0 if structure.inside[q] else depth, wanted, estimator.kept_graphs)
             graphs = min(limit for limit in limits if limit is not None)
+            if self._levels[q].buffers.has_others:  # which the next step may write into, even past autograd's eyes
+                graphs = min(graphs, 1)
             segment = math.ceil(math.sqrt(depth)) if estimator.recomputes and depth else 1
             skips = self._states[q].scale.active and 0 < depth < num  # then the last steps may not be the last taken
             steps: list[Step] = []

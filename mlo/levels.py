@@ -131,6 +131,7 @@ class Buffers:
 
     Attributes:
         empty: whether there is nothing to hold still.
+        has_others: whether there are buffers besides those of batch normalization.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -143,6 +144,7 @@ class Buffers:
             (m._buffers, key) for m in module.modules() if id(m) not in norms for key in m._buffers
         ]
         self.empty = not self._batch_norms and not self._others
+        self.has_others = bool(self._others)
 
     def copies(self) -> Copies:
         """Return copies of the buffers, which a replay must find as they are now."""

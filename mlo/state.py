@@ -111,10 +111,15 @@ class LevelState:
             for group in self.problem.optimizer.param_groups:
                 group[name] = option
 
-    def take_step(self, gradient: Gradient) -> None:
-        """Step optimizer and scheduler with a gradient, clipped; keep the present version if a record needs it."""
+    def take_step(self, gradient: Gradient, copies: Tensors | None = None) -> None:
+        """Step optimizer and scheduler with a gradient, clipped; keep the present version if a record needs it.
+
+        Args:
+            gradient: of the level's loss.
+            copies: of the variables as they are now, if there are any.
+        """
         if self.weights.recorded:
-            self.weights.materialize()
+            self.weights.materialize(copies)
         parameters, like_parameter = self.level.variables.parameters, self.level.variables.like_parameter
         held = [p for group in self.problem.optimizer.param_groups for p in group["params"]]
         kept = [(p, p.grad) for p in (*parameters, *held) if p.grad is not None]

@@ -17,7 +17,7 @@ state) is a constant of the map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -39,24 +39,21 @@ class Weights:
     a record still refers to them.
     """
 
-    __slots__ = ("_copies", "live", "recorded", "tensors")
+    __slots__ = ("live", "recorded", "tensors")
 
     def __init__(self, tensors: Tensors, *, live: bool = False) -> None:
         self.tensors = tensors
         self.live = live
         self.recorded = False
-        self._copies: Tensors | None = None
 
     def copies(self) -> Tensors:
-        """Return copies, the same ones at each call; they stay what they are when the module's parameters change."""
-        if self._copies is None:
-            with torch.no_grad():
-                self._copies = tuple([t.clone() for t in self.tensors])
-        return self._copies
+        """Return copies, which stay what they are when the module's parameters change."""
+        with torch.no_grad():
+            return tuple([t.clone() for t in self.tensors])
 
-    def materialize(self) -> None:
-        """Take a copy, because the module's parameters are about to change."""
-        self.tensors = self.copies()
+    def materialize(self, copies: Tensors | None = None) -> None:
+        """Take a copy, or the one that is given, because the module's parameters are about to change."""
+        self.tensors = self.copies() if copies is None else copies
         self.live = False
 
 
@@ -157,7 +154,7 @@ class StepGraph:
     """The gradient of a step together with its graph, for the first product of the step: it is not computed twice.
 
     Attributes:
-        own: the variables of the level in the graph.
+        own: the variables of the level in the graph, copies of what the module's parameters were.
         gradient: of the level's loss with respect to them.
         buffers: `Buffers.versions` of the level after the gradient was computed.
     """
@@ -168,6 +165,15 @@ class StepGraph:
         self.own = own
         self.gradient = gradient
         self.buffers = buffers
+
+    @property
+    def copies(self) -> Tensors:
+        """The variables themselves."""
+        return tuple([t.detach() for t in self.own])
+
+
+_Source = tuple[dict[str, Tensors], Gradient]
+"""What the levels are read at in the graph of a step's gradient, and the gradient."""
 
 
 @dataclass(frozen=True)
@@ -263,35 +269,54 @@ class Step:
         if self.inner is None and len(self.call.parts) > 1:
             yield self._mean_product
             return
-        kept = self._kept
-        with self._differentiable(targets) as (inputs, gradient):
+        all_targets = targets
+        with ExitStack() as stack:
+            kept = self._take_graph()
+            source = stack.enter_context(self._differentiable(targets) if kept is None else self._in_force(kept))
 
             def product(
                 direction: Gradient, targets: Sequence[str], *, create_graph: bool = False
             ) -> dict[str, Tensors]:
-                wanted = {q: inputs[q] for q in targets}
-                flat = [t for tensors in wanted.values() for t in tensors]
-                if kept is not None and (*targets,) != (self.level,):  # its own variables lead into no kept call
-                    flat += kept.leaves
-                grads: Gradient = (None,) * len(flat)
-                pairs = [
-                    (g, d if d.dtype == g.dtype else d.to(g.dtype))
-                    for g, d in zip(gradient, direction, strict=True)
-                    if g is not None and d is not None and g.requires_grad
-                ]
-                if pairs:  # the direction is no input: it may itself depend on the weights, by an earlier product
-                    with self._second_derivatives(gradient):
-                        grads = torch.autograd.grad(
-                            [g for g, _ in pairs],
-                            flat,
-                            [d for _, d in pairs],
-                            allow_unused=True,
-                            create_graph=create_graph,
-                            retain_graph=True,
-                        )
-                return self._split(grads, wanted)
+                nonlocal kept, source
+                if kept is not None:
+                    try:
+                        return self._product(source, direction, targets, create_graph=create_graph)
+                    except (RuntimeError, MloError):  # something was written into, or cannot be recomputed like this
+                        self.call.levels[self.level].habits.keeps_graphs = False
+                        kept = None
+                    stack.close()
+                    source = stack.enter_context(self._differentiable(all_targets))
+                return self._product(source, direction, targets, create_graph=create_graph)
 
             yield product
+
+    def _product(
+        self, source: _Source, direction: Gradient, targets: Sequence[str], *, create_graph: bool
+    ) -> dict[str, Tensors]:
+        """Go back through the graph of dF_p/dw_p along a direction."""
+        inputs, gradient = source
+        kept = self._kept
+        wanted = {q: inputs[q] for q in targets}
+        flat = [t for tensors in wanted.values() for t in tensors]
+        if kept is not None and (*targets,) != (self.level,):  # its own variables lead into no kept call
+            flat += kept.leaves
+        grads: Gradient = (None,) * len(flat)
+        pairs = [
+            (g, d if d.dtype == g.dtype else d.to(g.dtype))
+            for g, d in zip(gradient, direction, strict=True)
+            if g is not None and d is not None and g.requires_grad
+        ]
+        if pairs:  # the direction is no input: it may itself depend on the weights, by an earlier product
+            with self._second_derivatives(gradient):
+                grads = torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    flat,
+                    [d for _, d in pairs],
+                    allow_unused=True,
+                    create_graph=create_graph,
+                    retain_graph=True,
+                )
+        return self._split(grads, wanted)
 
     def _mean_product(
         self, direction: Gradient, targets: Sequence[str], *, create_graph: bool = False
@@ -411,15 +436,9 @@ class Step:
         return self._repeated(values, wrt, create_graph=self.create_graph, ends=ends)
 
     @contextmanager
-    def _differentiable(self, targets: Sequence[str]) -> Iterator[tuple[dict[str, Tensors], Gradient]]:
-        """Yield the targets and dF_p/dw_p, to be differentiated by them; without a nest, all stays in force within."""
+    def _differentiable(self, targets: Sequence[str]) -> Iterator[_Source]:
+        """Compute dF_p/dw_p, to be differentiated by the targets; without a nest, all stays in force within."""
         own = [self.level]
-        if (graph := self._take_graph()) is not None:
-            values = {self.level: graph.own}
-            with Undo() as undo:
-                self.call.parts[0].put_in_force(values, undo)
-                yield self._inputs(values, targets), graph.gradient
-            return
         values = self._values(self.weights, targets)
         inputs = self._inputs(values, targets)
         if self.inner is not None:
@@ -430,13 +449,24 @@ class Step:
         ) as found:
             yield inputs, found.of[self.level]
 
+    @contextmanager
+    def _in_force(self, graph: StepGraph) -> Iterator[_Source]:
+        """As `_differentiable`, of a kept graph: modules that recompute activations find what the step found."""
+        call = self.call.parts[0]
+        values = {self.level: graph.own}
+        with Undo() as undo:
+            call.put_in_force(values, undo)
+            yield self._inputs(values, call.levels[self.level].names), graph.gradient
+
     def _take_graph(self) -> StepGraph | None:
-        """Return the kept graph, once, if nothing that it reads has been written into since."""
+        """Return the kept graph, once, if nothing that it reads has been written into since, as far as is known."""
         if not self.graphs:
             return None
         graph, level = self.graphs.pop(), self.call.levels[self.level]
-        still = all(self.world[q].live for q in level.reads) and level.buffers.versions() == graph.buffers
-        return graph if still else None
+        if all(self.world[q].live for q in level.reads) and level.buffers.versions() == graph.buffers:
+            return graph
+        level.habits.keeps_graphs = False
+        return None
 
     def _repeated(
         self, values: Mapping[str, Tensors], wrt: Sequence[str], *, create_graph: bool, ends: Ends | None = None
@@ -452,8 +482,8 @@ class Step:
         """Say what to do about an operation that has no second derivative."""
         try:
             if self.level not in self.context.examined:
-                self.context.examined.add(self.level)
                 check_twice_differentiable(gradient)
+                self.context.examined.add(self.level)
             yield
         except RuntimeError as error:
             if not any(hint in str(error) for hint in ("double backward", "is not implemented", "derivative fewer")):
@@ -675,17 +705,16 @@ def sweep(
 
 
 def _can_keep_graph(call: Call) -> bool:
-    """Whether `_with_graph` can be used: not on compiled or sharded levels, nor past hooks of parameters."""
-    own = call.levels[call.level]
-    sharded = any(level.variables.sharded for level in call.levels.values())
+    """Whether `_with_graph` can be used: in one process, not on compiled levels, nor past hooks of parameters."""
+    own, backend = call.levels[call.level], call.parts[0].backend
     hooked = any(p._backward_hooks for p in own.variables.parameters)
-    return own.compiled is None and not sharded and not hooked
+    return backend.group is None and own.compiled is None and own.habits.keeps_graphs and not hooked
 
 
 def _with_graph(call: Call, world: World, graphs: list[StepGraph]) -> Gradients:
     """Return the derivative of a level's loss by its own variables; `graphs` receives how it was found."""
     level = call.levels[call.level]
-    own = tuple([t.detach().requires_grad_() for t in world[level.name].copies()])
+    own = tuple([t.requires_grad_() for t in world[level.name].copies()])
     with call.differentiated(
         {level.name: own}, [level.name], create_graph=True, moves_buffers=True, follows=level.attached
     ) as found:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Backend, Level
+from mlo.autodiff import Backend, Level, aliases
 from mlo.errors import GraphError
 from mlo.graph import Graph
 from mlo.levels import Undo
@@ -40,7 +40,15 @@ def trace(
                     if option.requires_grad:  # what it may read is bound by value here
                         _check_closure(variables, name, option.sum(), "hyperparameters", ())
                 _check_outside(graph, name, accessed)
-                loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
+                level = levels[name]
+                keeps = name not in graph.structure.tops and graph[name].hypergradient.kept_graphs != 0
+                keeps = keeps and not level.variables.sharded
+                with Undo() as bound:
+                    if keeps:
+                        level.variables.bind(aliases(level.variables.tensors, create_graph=False), bound)
+                    loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
+                    if keeps and _depends(loss, level.variables.parameters):
+                        level.habits.keeps_graphs = False  # its steps have to be taken at the parameters themselves
             check_loss(graph, name, loss, accessed, variables)
             del loss  # and its graph, before the next one is made
 
@@ -67,6 +75,13 @@ def check_loss(
             f"it reads; found one without a gradient. Take no_grad(), detach() or item() out of the loss."
         )
     _check_closure(variables, name, loss, "loss", (name, *graph.reads(name)))
+
+
+def _depends(value: Tensor, parameters: Sequence[Tensor]) -> bool:
+    if not value.requires_grad or not parameters:
+        return False
+    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in found)
 
 
 def _check_outside(graph: Graph, name: str, accessed: set[str]) -> None:

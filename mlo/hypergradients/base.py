@@ -60,8 +60,9 @@ class Hypergradient(abc.ABC):
     def kept_graphs(self) -> int | None:
         """How many of the last steps keep the graph of their gradient for their first product; None for all of them.
 
-        The product then costs no gradient, and the graph takes memory from the step on. Not kept where a level is
-        solved inside this one, in lower precision, with micro-batches, or compiled.
+        The product then costs no gradient, and the graph takes memory from the step on. None is kept where levels are
+        solved inside this one, in lower precision, of micro-batches, of compiled modules, or with several processes;
+        where one proves to be out of date, the gradient is computed again, and none is kept any more.
         """
         return 0
 

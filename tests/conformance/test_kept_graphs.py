@@ -6,8 +6,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import mlo
+from tests.toys import assert_resumes
 
 from .quadratics import relative_error
 from .random_graphs import flat
@@ -159,6 +162,119 @@ def test_hooks_of_parameters_act_on_the_step():
         before = weight.detach().clone()
         engine.run(2, progress=False)
         assert torch.equal(weight, before)
+
+
+class Recomputed(nn.Module):
+    """Batch normalization moves its statistics in the forward pass, and may not when it is recomputed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3))
+
+    def forward(self, x):
+        return checkpoint(self.inside, x, use_reentrant=False)
+
+
+class Averaging(nn.Linear):
+    """Moves a buffer in a way that autograd does not see."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.mean.data.lerp_(y.detach().mean(0), 0.5)
+        return y * self.mean.exp()
+
+
+class Listing(nn.Linear):
+    """Has a list of its own of its parameters."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.mine = [self.weight, self.bias]
+
+    def forward(self, x):
+        return super().forward(x) * (1 + sum(p.square().sum() for p in self.mine))
+
+
+@pytest.mark.parametrize("low", [Recomputed, Averaging, Listing])
+def test_modules_that_make_a_kept_graph_useless(low):
+    engine = assert_same_rounds(lambda estimator: bilevel(estimator, steps=2, low=low))
+    assert engine._levels["low"].habits.keeps_graphs == (low is Averaging)  # which keeps the last one
+
+
+def test_training_is_what_it_is_without_kept_graphs():
+    engines = [bilevel(estimator, steps=2, low=Listing) for estimator in (NOT_KEPT, KEPT, ALL_KEPT)]
+    for engine in engines:
+        engine.run(3, progress=False)
+    expected, *others = (flat(p.detach() for p in engine.graph["low"].module.parameters()) for engine in engines)
+    assert all(torch.equal(own, expected) for own in others)
+
+
+def test_a_batch_written_into_after_the_step():
+    def make(estimator):
+        def judge(levels, batch):
+            return (levels.low(batch.clamp_(-1, 1)) - 1).square().mean()
+
+        return bilevel(estimator, judge=judge)
+
+    assert not assert_same_rounds(make)._levels["low"].habits.keeps_graphs
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def test_a_term_without_second_derivatives_that_a_product_can_leave_out():
+    def fit(levels, batch):
+        return (levels.low(batch) - levels.up(batch)).pow(4).mean()
+
+    def decay(levels, batch):
+        return 0.1 * Once.apply(levels.low[0].weight).sum()
+
+    assert_same_rounds(lambda estimator: bilevel(estimator, fit=mlo.Sum(fit, decay)))
+    with pytest.raises(mlo.MloError, match="level 'low': expected a loss that can be differentiated twice"):
+        bilevel(KEPT, fit=mlo.Sum(fit, decay), steps=2).run(1, progress=False)
+
+
+def test_a_step_that_failed_leaves_nothing_behind():
+    """The next one is taken at what the variables have become."""
+    ends = []
+    for estimator in (NOT_KEPT, KEPT):
+        failing = []
+
+        def fit(levels, batch, failing=failing):
+            loss = (levels.low(batch) - levels.up(batch)).pow(4).mean()
+            if failing:
+                raise MemoryError
+            return loss
+
+        engine = bilevel(estimator, fit=fit)
+        engine.run(1, progress=False)
+        failing.append(True)
+        with pytest.raises(MemoryError):
+            engine.run(1, progress=False)
+        failing.clear()
+        low = engine.graph["low"].module
+        with torch.no_grad():
+            low[0].weight.zero_()
+        engine.run(1, progress=False)
+        ends.append(flat(p.detach() for p in low.parameters()))
+    assert torch.equal(*ends)
+
+
+def test_what_was_found_out_is_saved(tmp_path):
+    assert_resumes(lambda: bilevel(KEPT, steps=2, low=Recomputed), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"rollback": True}, {"diagnostics_every": 1}], ids=str)
