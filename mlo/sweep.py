@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -150,7 +150,7 @@ class Context:
     examined: set[str] = field(default_factory=set)
 
 
-class StepGraph:
+class StepGraph(NamedTuple):
     """The gradient of a step together with its graph, for the first product of the step: it is not computed twice.
 
     Attributes:
@@ -159,12 +159,9 @@ class StepGraph:
         buffers: `Buffers.versions` of the level after the gradient was computed.
     """
 
-    __slots__ = ("buffers", "gradient", "own")
-
-    def __init__(self, own: Tensors, gradient: Gradient, buffers: list[tuple[int, int]]) -> None:
-        self.own = own
-        self.gradient = gradient
-        self.buffers = buffers
+    own: Tensors
+    gradient: Gradient
+    buffers: list[tuple[int, int]]
 
     @property
     def copies(self) -> Tensors:
