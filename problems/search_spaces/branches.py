@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +15,32 @@ _VECTOR = 16
 """Numbers that a CPU computes with at once; PyTorch averages fewer channels one by one, several times as slowly."""
 
 
-class Images:
-    """What a depthwise convolution reads, and how.
+class Images(NamedTuple):
+    """What a depthwise convolution reads, and how."""
 
-    Args:
-        y: The images, (batch, channels, height, width).
-        stride: Of the convolution.
-        dilation: Of the convolution.
-        in_quarters: Whether the batch consists of the quarters of the images, all first ones, all second ones, and so
-            on.
-    """
-
-    def __init__(self, y: Tensor, stride: int, dilation: int, *, in_quarters: bool = False) -> None:
-        self.stride = stride
-        self.dilation = dilation
-        self.in_quarters = in_quarters
-        self._repeated = {1: y}
-
-    def repeated(self, count: int) -> Tensor:
-        """Return the channels so many times; not to be written into."""
-        if count not in self._repeated:  # Tensor.repeat would lay the channels out anew
-            self._repeated[count] = torch.cat([self._repeated[1]] * count, dim=1)
-        return self._repeated[count]
+    y: Tensor
+    """(batch, channels, height, width)."""
+    stride: int
+    """Of the convolution."""
+    dilation: int
+    """Of the convolution."""
+    in_quarters: bool = False
+    """Whether the batch consists of the quarters of the images, all first ones, all second ones, and so on."""
 
 
 class Statistics:
-    """BatchNorm with the statistics of the batch; running ones are written once for all modules."""
+    """BatchNorm with the statistics of the batch; running ones are written once for all modules.
+
+    All modules are of the same number of channels.
+    """
 
     def __init__(self) -> None:
-        self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
+        self._norms: list[nn.BatchNorm2d] = []
+        self._places: list[int] = []
+        """Of the statistics of each module."""
+        self._num_places = 0
+        self._means: list[Tensor] = []
+        self._variances: list[Tensor] = []
 
     def normalize(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Tensor | None) -> Tensor:
         """Normalize as many groups of channels as there are modules, and scale each channel.
@@ -53,34 +50,38 @@ class Statistics:
             norms: Of each group.
             scales: Of each channel, (modules * channels,), or None for 1.
         """
-        mean = var = None
-        if norms[0].track_running_stats:
-            mean, var = (norms[0].running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
-        size = x.shape[1] // len(norms)
-        y = functional.batch_norm(x, mean, var, scales, None, training=True, momentum=1.0, eps=norms[0].eps)
-        if mean is not None and var is not None:
-            self._found += zip(norms, mean.split(size), var.split(size), strict=True)
-        return y
+        return self._normalize(x, norms, scales, range(len(norms)))
 
     def normalize_alike(self, x: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
         """Do once what several modules would do to the same tensor."""
-        y = self.normalize(x, norms[:1], None)
+        return self._normalize(x, norms, None, [0] * len(norms))
+
+    def _normalize(
+        self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Tensor | None, places: Sequence[int]
+    ) -> Tensor:
+        mean = var = None
         if norms[0].track_running_stats:
-            _, mean, var = self._found[-1]
-            self._found += [(norm, mean, var) for norm in norms[1:]]
-        return y
+            mean, var = (norms[0].running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
+            self._means.append(mean)
+            self._variances.append(var)
+            self._norms += norms
+            self._places += [self._num_places + place for place in places]
+            self._num_places += max(places) + 1
+        return functional.batch_norm(x, mean, var, scales, None, training=True, momentum=1.0, eps=norms[0].eps)
 
     @torch.no_grad()
     def write(self) -> None:
         """Move the running statistics of all modules that track them."""
-        if not self._found:
+        norms = self._norms
+        if not norms:
             return
-        norms, means, variances = zip(*self._found, strict=True)
+        means, variances = (torch.cat(all_of).chunk(self._num_places) for all_of in (self._means, self._variances))
         momentum = norms[0].momentum
         # Through `.data`, as BatchNorm itself: earlier passes that remember these tensors do not need their values.
-        torch._foreach_lerp_([norm.running_mean.data for norm in norms], means, momentum)
-        torch._foreach_lerp_([norm.running_var.data for norm in norms], variances, momentum)
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        for running, found in (("running_mean", means), ("running_var", variances)):
+            moved = [getattr(norm, running).data for norm in norms]
+            torch._foreach_lerp_(moved, [found[place] for place in self._places], momentum)  # type: ignore[arg-type]
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)  # type: ignore[misc]
 
 
 def are_alike(norms: Sequence[Any]) -> bool:
@@ -152,9 +153,19 @@ class _AddProducts(torch.autograd.Function):
                 else:
                     before.addcmul_(g, scale)
             if wanted[len(factors) + index]:
-                of_scales[index] = (g * factors[column]).sum()
+                of_scales[index] = _inner(g, factors[column])
         of_sums = [g if begun else None for g, begun in zip(gs, ctx.begun, strict=True)]
         return None, None, *of_sums, *of_factors, *of_scales
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of tensors of the same shape."""
+    if a.device.type == "cpu" and a.dtype == b.dtype in (torch.float32, torch.float64):
+        if is_channels_last(a) and is_channels_last(b):
+            a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+        if a.is_contiguous() and b.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1))  # without their product in memory
+    return (a * b).sum()
 
 
 class _Concatenate(torch.autograd.Function):

@@ -4,12 +4,13 @@
 
 - All edges out of a node rectify and pool the same input, and normalize the pools alike: once, here.
 - Where images are small, or kernels are what limits (on GPUs), their convolutions run as one, with a group for each
-  edge.
+  edge: those out of both inputs of the cell, which wait for nothing, or those out of one node.
 - A convolution of dilation 2 never mixes odd and even rows or columns: on the four quarters of an image that these make
   it is a plain convolution, for which the kernels are better. Dilated branches are put together from quarters only
   after they have been added up at a node.
 - The weight of a branch is the scale of its last BatchNorm, so that no copy of the branch is kept for its gradient.
 - Channels that pass an edge by (PC-DARTS) are added up before they are shuffled.
+- The kernels of all convolutions of one size are laid side by side at once.
 - Sums are formed in place, and nothing is computed for `none`; branches that run as one are added up side by side, and
   taken apart once for all primitives.
 
@@ -21,6 +22,7 @@ not called).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import ne
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +44,11 @@ from problems.search_spaces.cells import PLAIN, CellPrimitives, CellShape, EdgeO
 from problems.search_spaces.depthwise import depthwise, is_channels_last
 from problems.search_spaces.genotypes import NUM_INPUTS
 from problems.search_spaces.pc_darts import PartialOperation, shuffle_channels
+from problems.search_spaces.plans import Group, Leaving, Plan, Stage
 from problems.search_spaces.primitives import FactorizedReduce, every_second
 
 _CACHED = 1 << 21
 """Numbers in the branches that run as one on a CPU; measured, with 16 to 64 images of 32 x 32 pixels."""
-BLOCK = 4
-"""Modules of a block of a separable or dilated primitive: ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm."""
 
 
 class FusedCell(SearchCell):
@@ -61,11 +62,16 @@ class FusedCell(SearchCell):
 
     def __init__(self, shape: CellShape, primitives: CellPrimitives, operation: EdgeOperation = MixedOperation) -> None:
         super().__init__(shape, primitives, operation)
-        self.outgoing = [
-            [(edge, target) for target, incoming in enumerate(self.incoming) for edge, s in incoming if s == source]
+        self._leaving = [
+            [
+                Leaving(edge, s, target)
+                for target, incoming in enumerate(self.incoming)
+                for edge, s in incoming
+                if s == source
+            ]
             for source in range(NUM_INPUTS + len(self.incoming) - 1)
         ]
-        self.strides = [shape.stride(source) for source in range(len(self.outgoing))]
+        self._strides = [shape.stride(source) for source in range(len(self._leaving))]
         self._built = self._settings()
         self._look_over()
 
@@ -81,7 +87,8 @@ class FusedCell(SearchCell):
     def _look_over(self) -> None:
         """Find out whether the edges can be computed together, and how; anew whenever modules have changed."""
         owners = list(self.edges.modules())
-        self._held = [(owner._modules, dict(owner._modules)) for owner in (self, *owners)]
+        self._present = [owner._modules for owner in (self, *owners)]
+        self._held = [dict(modules) for modules in self._present]
         normalizing = nn.modules.batchnorm._BatchNorm
         self._norms = [part for part in owners if isinstance(part, normalizing)]
         self._hooks = [  # not those of normalizations
@@ -93,7 +100,15 @@ class FusedCell(SearchCell):
             )
         ]  # fmt: skip
         self.fusable = bool(self._built) and self._settings() == self._built
-        self._groups = [self._groups_of([edge for edge, _ in out]) for out in self.outgoing] if self.fusable else []
+        self._plans = {joined: self._plan(joined) for joined in (False, True)} if self.fusable else {}
+
+    def _plan(self, joined: bool) -> Plan:
+        """Return what runs as one, the inputs of the cell joined or each of them apart."""
+        stages = [[source] for source in range(len(self._leaving))]
+        if joined:
+            stages[:NUM_INPUTS] = [list(range(NUM_INPUTS))]
+        leaving = [[out for source in stage for out in self._leaving[source]] for stage in stages]
+        return Plan(list(self.edges), leaving)
 
     # Under torch.compile: a graph for each number of edges and each layout would take long to make, and gain nothing.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -106,7 +121,7 @@ class FusedCell(SearchCell):
         states: Any = None,
     ) -> Tensor:
         """As `SearchCell.forward`."""
-        if any(present != held for present, held in self._held):
+        if any(map(ne, self._present, self._held)):
             self._look_over()
         sampled = states is not None and any(state.chosen is not None for state in states)
         hooked = any(self._hooks) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
@@ -124,80 +139,74 @@ class FusedCell(SearchCell):
         whole = edge_weights.unbind() if edge_weights is not None else None
         sums = [_Sum() for _ in self.incoming]
         statistics = Statistics()
-        scales = iter(self._scales(scalars, count))
-        for source, leaving in enumerate(self.outgoing):
-            if source >= NUM_INPUTS:
-                nodes.append(sums[source - NUM_INPUTS].node())
+        # A CPU gains by what runs as one as long as its caches hold it.
+        at_once = max(1, _CACHED // max(1, nodes[0].numel())) if nodes[0].device.type == "cpu" else 1 << 30
+        plan = self._plans[at_once >= sum(map(len, self._leaving[:NUM_INPUTS]))]
+        kernels, scales = plan.kernels(), plan.scales(scalars, count)
+        for stage in plan.stages:
+            if stage.sources[0] >= NUM_INPUTS:
+                nodes.append(sums[stage.sources[0] - NUM_INPUTS].node())
+            k = getattr(self.edges[0], "k", 1)
+            sources = {number: _Source(nodes[number], self._strides[number], k) for number in stage.sources}
             edges = [
                 _Edge(
-                    self.edges[edge],
-                    sums[target],
-                    scalars[edge * count : (edge + 1) * count],
-                    None if whole is None else whole[edge],
-                    *(states[edge] if states else PLAIN)[1:],
+                    self.edges[out.edge],
+                    sources[out.source],
+                    sums[out.target],
+                    scalars[out.edge * count : (out.edge + 1) * count],
+                    None if whole is None else whole[out.edge],
+                    *(states[out.edge] if states else PLAIN)[1:],
                 )
-                for edge, target in leaving
+                for out in stage.leaving
             ]
-            _Source(nodes[source], self.strides[source], statistics).feed(edges, self._groups[source], scales)
+            _Branches(edges, statistics, at_once).feed(stage, kernels, scales)
         nodes.append(sums[-1].node())
         statistics.write()
         return concatenate(nodes[NUM_INPUTS:])
 
-    def _scales(self, scalars: Sequence[Tensor], count: int) -> Sequence[Tensor]:
-        """Return the scales of the channels of each group of convolutions, given those of `count` primitives an edge.
 
-        All at once: convolutions have the same channels everywhere in a cell.
-        """
-        groups = [group for groups in self._groups for group in groups if group.channels]
-        if not groups:
-            return ()
-        chosen = [
-            scalars[edge * count + column]
-            for group in groups
-            for edge, column in zip(group.edges, group.columns, strict=True)
-        ]
-        channels = groups[0].channels
-        sizes = [len(group.edges) * channels for group in groups]
-        return torch.split(torch.stack(chosen).repeat_interleave(channels), sizes)
+class _Source:
+    """A node whose outgoing edges are computed.
 
-    def _groups_of(self, leaving: Sequence[int]) -> list[_Group]:
-        """Return the groups of the edges out of a node, skip-connections left out."""
-        having: dict[str, list[tuple[int, int, int]]] = {}
-        for member, edge in enumerate(leaving):
-            for column, name in enumerate(self.edges[edge].primitives):  # type: ignore[arg-type]
-                if name not in ("none", "skip_connect"):
-                    having.setdefault(name, []).append((edge, member, column))
-        found = []
-        for name, places in having.items():
-            edges, members, columns = zip(*places, strict=True)
-            module: Any = self.edges[edges[0]].operations[name]
-            convolves = not _is_pool(module[0]) and module[2].kernel_size == (1, 1)
-            found.append(_Group(name, edges, members, columns, module[2].out_channels if convolves else 0))
-        return found
+    Args:
+        x: Its value.
+        stride: Of all edges out of it.
+        k: One in k channels is operated on.
+    """
 
+    def __init__(self, x: Tensor, stride: int, k: int) -> None:
+        self.x = x[:, : x.shape[1] // k] if k > 1 else x
+        self.stride = stride
+        self.k = k
+        self.rectified = functional.relu(self.x)
+        self._images: dict[int, Images] = {}
+        self.passing: Tensor | None = None
+        """The other channels."""
+        if k > 1:
+            rest = x[:, x.shape[1] // k :]
+            self.passing = functional.max_pool2d(rest, 2, ceil_mode=True) if stride == 2 else rest
 
-class _Group(NamedTuple):
-    """Those edges out of a node that have a primitive in common."""
-
-    name: str
-    edges: tuple[int, ...]
-    """Of the cell."""
-    members: tuple[int, ...]
-    """Their places among the edges out of the node."""
-    columns: tuple[int, ...]
-    """The place of the primitive among those of each."""
-    channels: int
-    """Of a separable or dilated convolution; 0 for all else."""
-
-
-def _is_pool(module: nn.Module) -> bool:
-    return isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
+    def images(self, dilation: int) -> Images:
+        """What a convolution reads, rectified, so that it is a plain one where that is possible."""
+        if dilation not in self._images:
+            x = self.rectified
+            if dilation != 2:
+                found = Images(x, self.stride, dilation)
+            elif self.stride == 2:  # with dilation 2 it reads even rows and columns only
+                found = Images(every_second(x, 0), 1, 1)
+            elif x.shape[2] % 2 or x.shape[3] % 2:
+                found = Images(x, 1, 2)
+            else:
+                found = Images(quarter(x), 1, 1, in_quarters=True)
+            self._images[dilation] = found
+        return self._images[dilation]
 
 
 class _Edge(NamedTuple):
     """One edge out of a node."""
 
     operation: Any
+    source: _Source
     sum: _Sum
     """Of the node that it leads to."""
     row: Sequence[Tensor]
@@ -206,11 +215,6 @@ class _Edge(NamedTuple):
     """That of the edge, None for 1."""
     auxiliary_skip: float
     skip_dropout: float
-
-    @property
-    def k(self) -> int:
-        """One in k channels is operated on."""
-        return self.operation.k if isinstance(self.operation, PartialOperation) else 1
 
 
 class _Sum:
@@ -241,8 +245,8 @@ class _Sum:
             self.whole = first
 
     def add_passing(self, edge: _Edge, x: Tensor) -> None:
-        """Add channels that are not operated on."""
-        self.k = edge.k
+        """Add channels that the edge does not operate on."""
+        self.k = edge.source.k
         weighted = x if edge.weight is None else x * edge.weight
         self.passing = weighted if self.passing is None else self.passing + weighted
 
@@ -258,54 +262,47 @@ class _Sum:
         return shuffled.contiguous(memory_format=torch.channels_last) if is_channels_last(node) else shuffled
 
 
-class _Source:
-    """A node whose outgoing edges are computed together.
+class _Block(NamedTuple):
+    """A depthwise convolution, one of 1 x 1 and a BatchNorm, of several edges."""
+
+    kernels: Tensor
+    mixing: Tensor
+    norms: Sequence[nn.BatchNorm2d]
+
+
+class _Branches:
+    """What the edges of a stage add to the sums that they lead to.
 
     Args:
-        x: Its value.
-        stride: Of all edges out of it.
+        edges: Of the stage.
         statistics: Of the batch.
+        at_once: How many edges run as one.
     """
 
-    def __init__(self, x: Tensor, stride: int, statistics: Statistics) -> None:
-        self.x = x
-        self.stride = stride
+    def __init__(self, edges: Sequence[_Edge], statistics: Statistics, at_once: int) -> None:
+        self.edges = edges
         self.statistics = statistics
-        # A CPU gains by groups as long as its caches hold them.
-        self.num_grouped = max(1, _CACHED // max(1, x.numel())) if x.device.type == "cpu" else 1 << 30
-        self.images: dict[int, Images] = {}
+        self.at_once = at_once
         self.products: list[tuple[_Edge, Tensor, Tensor]] = []
+        self.read: dict[tuple[int, ...], Tensor] = {}
         self.found: dict[tuple[bool, tuple[int, ...]], tuple[Sequence[_Edge], Tensor]] = {}
 
-    def feed(self, edges: Sequence[_Edge], groups: Sequence[_Group], scales: Iterator[Tensor]) -> None:
-        """Add to the sum of each edge what the edge makes of this node.
+    def feed(self, stage: Stage, kernels: Iterator[Tensor], scales: Iterator[Tensor]) -> None:
+        """Add to each sum what leads to it.
 
         Args:
-            edges: Out of the node.
-            groups: Of them.
-            scales: Of the channels of each group of convolutions.
+            stage: Of the edges.
+            kernels: Of each group of convolutions, see `Plan.kernels`.
+            scales: Of their channels.
         """
-        k = edges[0].k
-        if k > 1:
-            self._pass_by(edges, self.x[:, self.x.shape[1] // k :])
-            self.x = self.x[:, : self.x.shape[1] // k]
-        self.rectified = functional.relu(self.x)
-        self._skip(edges)
-        for group in groups:
-            some = [edges[member] for member in group.members]
-            modules = [edge.operation.operations[group.name] for edge in some]
-            if group.channels:
-                self._convolve_in_parts(some, [tuple(module) for module in modules], next(scales))
-                continue
-            if _is_pool(modules[0][0]):
-                pooled = self.statistics.normalize_alike(pool(modules[0][0], self.x), [module[1] for module in modules])
-                branches = [pooled] * len(some)
-            else:
-                branches = [module(self.x) for module in modules]
-            self.products += [
-                (edge, branch, edge.row[column])
-                for edge, branch, column in zip(some, branches, group.columns, strict=True)
-            ]
+        for edge in self.edges:
+            if edge.source.passing is not None:
+                edge.sum.add_passing(edge, edge.source.passing)
+        self._skip()
+        for group in stage.convolutions:
+            self._convolve_in_parts(group, kernels, next(scales))
+        for group in stage.others:
+            self._pool(group)
         self._multiply()
         self._hand_over()
 
@@ -321,14 +318,14 @@ class _Source:
         """Add the products of tensors, which several edges may have in common, and scalars."""
         if not self.products:
             return
-        edges = list({id(edge): edge for edge, _, _ in self.products}.values())
+        sums = list({id(edge.sum): edge.sum for edge, _, _ in self.products}.values())
         tensors = list({id(x): x for _, x, _ in self.products}.values())
-        rows, columns = ({id(each): i for i, each in enumerate(group)} for group in (edges, tensors))
-        places = [(rows[id(edge)], columns[id(x)]) for edge, x, _ in self.products]
+        rows, columns = ({id(each): i for i, each in enumerate(group)} for group in (sums, tensors))
+        places = [(rows[id(edge.sum)], columns[id(x)]) for edge, x, _ in self.products]
         scales = [scale for _, _, scale in self.products]
-        sums = add_products([edge.sum.whole for edge in edges], tensors, scales, places)
-        for edge, found in zip(edges, sums, strict=True):
-            edge.sum.whole = found
+        found = add_products([each.whole for each in sums], tensors, scales, places)
+        for each, whole in zip(sums, found, strict=True):
+            each.whole = whole
 
     def _hand_over(self) -> None:
         for (in_quarters, _), (edges, branches) in self.found.items():
@@ -337,37 +334,33 @@ class _Source:
             for edge, part in zip(edges, parts, strict=True):
                 edge.sum.add(part, is_part=several, in_quarters=in_quarters)
 
-    def _pass_by(self, edges: Sequence[_Edge], passing: Tensor) -> None:
-        if self.stride == 2:
-            passing = functional.max_pool2d(passing, 2, ceil_mode=True)
-        for edge in edges:
-            edge.sum.add_passing(edge, passing)
-
-    def _skip(self, edges: Sequence[_Edge]) -> None:
+    def _skip(self) -> None:
         """Add skip-connections, those beside the primitives included."""
-        reducing: list[tuple[_Edge, FactorizedReduce, Tensor]] = []
-        for edge in edges:
-            mixed = edge.operation
+        reducing: dict[int, list[tuple[_Edge, FactorizedReduce, Tensor]]] = {}
+        for edge in self.edges:
+            mixed, x = edge.operation, edge.source.x
             skips = []
             if "skip_connect" in mixed.operations:
                 scale = edge.row[mixed.primitives.index("skip_connect")]
                 skips.append((mixed.operations["skip_connect"], scale, edge.skip_dropout))
             if mixed.auxiliary is not None:
-                scale = self.x.new_ones(()) if edge.weight is None else edge.weight
+                scale = x.new_ones(()) if edge.weight is None else edge.weight
                 skips.append((mixed.auxiliary, edge.auxiliary_skip * scale, 0.0))
             for operation, scale, dropout in skips:
                 if isinstance(operation, FactorizedReduce):
-                    reducing.append((edge, operation, scale))
+                    reducing.setdefault(id(edge.source), []).append((edge, operation, scale))
                 else:
-                    kept = functional.dropout(self.x, dropout, operation.training) if dropout else self.x
+                    kept = functional.dropout(x, dropout, operation.training) if dropout else x
                     self.products.append((edge, kept, scale))
-        for first in range(0, len(reducing), self.num_grouped):
-            self._reduce(reducing[first : first + self.num_grouped])
+        for of_source in reducing.values():
+            for first in range(0, len(of_source), self.at_once):
+                self._reduce(of_source[first : first + self.at_once])
 
     def _reduce(self, skips: Sequence[tuple[_Edge, FactorizedReduce, Tensor]]) -> None:
-        even, odd = FactorizedReduce.halves(self.rectified)
-        of_even = functional.conv2d(even, _cat([operation.even.weight for _, operation, _ in skips]))
-        of_odd = functional.conv2d(odd, _cat([operation.odd.weight for _, operation, _ in skips]))
+        """Add skip-connections of stride 2 out of one source."""
+        even, odd = FactorizedReduce.halves(skips[0][0].source.rectified)
+        of_even = functional.conv2d(even, torch.cat([operation.even.weight for _, operation, _ in skips]))
+        of_odd = functional.conv2d(odd, torch.cat([operation.odd.weight for _, operation, _ in skips]))
         pairs = zip(of_even.chunk(len(skips), dim=1), of_odd.chunk(len(skips), dim=1), strict=True)
         joined = torch.cat([half for pair in pairs for half in pair], dim=1)
         norms = [operation.norm for _, operation, _ in skips]
@@ -375,45 +368,49 @@ class _Source:
         branches = self.statistics.normalize(joined, norms, scales)
         self._add([edge for edge, _, _ in skips], branches)
 
-    def _convolve_in_parts(self, edges: Sequence[_Edge], operations: Sequence[Sequence[Any]], scales: Tensor) -> None:
-        """Run the convolutions of as many edges at once as pays."""
-        num = self.num_grouped
-        parts = [scales] if num >= len(edges) else torch.split(scales, num * (len(scales) // len(edges)))
-        for first, part in zip(range(0, len(edges), num), parts, strict=True):
-            self._convolve(edges[first : first + num], operations[first : first + num], part)
+    def _pool(self, group: Group) -> None:
+        """Add pools of one source, or whatever else it is that has nothing to share."""
+        edges = [self.edges[member] for member in group.members]
+        first, x = group.modules[0][0], edges[0].source.x
+        if isinstance(first, nn.MaxPool2d | nn.AvgPool2d):
+            pooled = self.statistics.normalize_alike(pool(first, x), [module[1] for module in group.modules])
+            branches = [pooled] * len(edges)
+        else:
+            branches = [module(x) for module in group.modules]
+        self.products += [
+            (edge, branch, edge.row[column])
+            for edge, branch, column in zip(edges, branches, group.columns, strict=True)
+        ]
 
-    def _convolve(self, edges: Sequence[_Edge], operations: Sequence[Sequence[Any]], scales: Tensor) -> None:
+    def _convolve_in_parts(self, group: Group, kernels: Iterator[Tensor], scales: Tensor) -> None:
+        """Run the convolutions of as many edges at once as pays."""
+        edges = [self.edges[member] for member in group.members]
+        num, channels = self.at_once, group.channels
+        blocks = [_Block(next(kernels), next(kernels), norms) for norms in group.norms]
+        for first in range(0, len(edges), num):
+            own, of_own = blocks, scales
+            if num < len(edges):
+                rows = slice(first * channels, (first + num) * channels)
+                own = [_Block(each[rows], mixing[rows], norms[first : first + num]) for each, mixing, norms in blocks]
+                of_own = scales[rows]
+            self._convolve(edges[first : first + num], group.dilation, own, of_own)
+
+    def _convolve(self, edges: Sequence[_Edge], dilation: int, blocks: Sequence[_Block], scales: Tensor) -> None:
         """Run (ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm), once or more, for several edges."""
-        num_blocks = len(operations[0]) // BLOCK
-        images = self._images(operations[0][1].dilation[0] if num_blocks == 1 else 1)
-        y = images.repeated(len(edges))
-        for block in range(num_blocks):
-            parts = [operation[BLOCK * block : BLOCK * (block + 1)] for operation in operations]
-            if block > 0:
+        images = edges[0].source.images(dilation)
+        y = self._beside_each_other(edges, dilation)
+        for number, block in enumerate(blocks):
+            if number > 0:
                 y = functional.relu(y, inplace=True)
-            y = depthwise(
-                y, _cat([part[1].weight for part in parts]), images.stride if block == 0 else 1, images.dilation
-            )
-            y = functional.conv2d(y, _cat([part[2].weight for part in parts]), groups=len(edges))
-            norms = [part[3] for part in parts]
-            y = self.statistics.normalize(y, norms, scales if block == num_blocks - 1 else None)
+            y = depthwise(y, block.kernels, images.stride if number == 0 else 1, images.dilation)
+            y = functional.conv2d(y, block.mixing, groups=len(edges))
+            y = self.statistics.normalize(y, block.norms, scales if block is blocks[-1] else None)
         self._add(edges, y, in_quarters=images.in_quarters)
 
-    def _images(self, dilation: int) -> Images:
-        """What a convolution reads, rectified, so that it is a plain one where that is possible."""
-        if dilation not in self.images:
-            x = self.rectified
-            if dilation != 2:
-                found = Images(x, self.stride, dilation)
-            elif self.stride == 2:  # with dilation 2 it reads even rows and columns only
-                found = Images(every_second(x, 0), 1, 1)
-            elif x.shape[2] % 2 or x.shape[3] % 2:
-                found = Images(x, 1, 2)
-            else:
-                found = Images(quarter(x), 1, 1, in_quarters=True)
-            self.images[dilation] = found
-        return self.images[dilation]
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+    def _beside_each_other(self, edges: Sequence[_Edge], dilation: int) -> Tensor:
+        """Return the channels that each edge reads; not to be written into."""
+        key = dilation, *(id(edge.source) for edge in edges)
+        if key not in self.read:  # Tensor.repeat would lay the channels out anew
+            all_read = [edge.source.images(dilation).y for edge in edges]
+            self.read[key] = all_read[0] if len(all_read) == 1 else torch.cat(all_read, dim=1)
+        return self.read[key]

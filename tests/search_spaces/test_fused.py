@@ -35,7 +35,11 @@ def found(cell, inputs, weights, edge_weights, states):
     return output, first, second
 
 
-@pytest.mark.parametrize(("num_grouped", "memory_format"), [(1, torch.contiguous_format), (3, torch.channels_last)])
+@pytest.mark.parametrize(
+    ("num_grouped", "memory_format"),
+    [(1, torch.contiguous_format), (3, torch.channels_last), (8, torch.channels_last)],
+    ids=["apart", "some together", "inputs joined"],
+)
 @pytest.mark.parametrize("primitives", [DARTS.normal, ODD.normal, PRUNED], ids=["darts", "other", "pruned"])
 @pytest.mark.parametrize("reduces", [False, True])
 @pytest.mark.parametrize(
