@@ -153,19 +153,9 @@ class _AddProducts(torch.autograd.Function):
                 else:
                     before.addcmul_(g, scale)
             if wanted[len(factors) + index]:
-                of_scales[index] = _inner(g, factors[column])
+                of_scales[index] = (g * factors[column]).sum()
         of_sums = [g if begun else None for g, begun in zip(gs, ctx.begun, strict=True)]
         return None, None, *of_sums, *of_factors, *of_scales
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product of tensors of the same shape."""
-    if a.device.type == "cpu" and a.dtype == b.dtype in (torch.float32, torch.float64):
-        if is_channels_last(a) and is_channels_last(b):
-            a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-        if a.is_contiguous() and b.is_contiguous():
-            return torch.dot(a.view(-1), b.view(-1))  # without their product in memory
-    return (a * b).sum()
 
 
 class _Concatenate(torch.autograd.Function):
