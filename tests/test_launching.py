@@ -56,9 +56,10 @@ def losses(folder):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    one, two = run(tmp_path / "one"), run(tmp_path / "two", "--launch", "2")
+    wider = ("--set", "supernet.channels=4")  # two channels normalize so little that a kink can decide the 4th digit
+    one, two = run(tmp_path / "one", *wider), run(tmp_path / "two", *wider, "--launch", "2")
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert two.stdout.count("test_error ") == 1
     written = {path.name for path in (tmp_path / "one").iterdir()}
     assert {path.name for path in (tmp_path / "two").iterdir()} == written
