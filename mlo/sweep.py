@@ -620,7 +620,9 @@ class Response:
         """Go through the recorded steps, newest first; what a record left out is recomputed, a segment at a time."""
         end = len(self.steps)
         while end:
-            begin = max(index for index in range(end) if not self.steps[index].thin)
+            begin = end - 1
+            while self.steps[begin].thin:
+                begin -= 1
             yield from reversed(restored(self.steps[begin:end]))
             end = begin
 
