@@ -81,9 +81,14 @@ class Level:
         object.__setattr__(self, "names", (self.name, *self.reads))
         call = self.module if self.compiled is None else self._call_compiled
         object.__setattr__(self, "view", LevelView(self.module, call))
-        object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
         object.__setattr__(self, "buffers", Buffers(self.module))
+        self.look_over()
+
+    def look_over(self) -> None:
+        """Find the parts and the buffers that the module has now: some are put in, or registered, late."""
+        object.__setattr__(self, "parts", tuple(self.module.modules()))
+        self.buffers.find(self.parts)
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.buffers.look()
@@ -349,6 +354,7 @@ class LossCall:
                 elif name not in follows:
                     bound[name] = variables.detached()
             elif name in wrt or name == self.level:
+                variables.refuse_hooks(name)
                 # An alias, so that the derivative is partial. A loss may go by it which of the level's own variables
                 # require a gradient, differentiate with respect to them, or register hooks.
                 inputs[name] = bound[name] = aliases(tensors, create_graph=create_graph)

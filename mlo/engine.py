@@ -638,6 +638,7 @@ class Engine:
         for name, level in self._levels.items():
             if not is_sharded(level.module):  # those are laid out anew by FSDP
                 level.variables.check_unchanged(name, level.module)
+            level.look_over()
         if not self._traced:
             with self._at_work():
                 trace(self.graph, self._levels, self._states, self._progress(), self._backend)

@@ -242,9 +242,11 @@ class Graph:
             implicit = problem.hypergradient.implicit
             needs = bool(uppers) and (problem.hypergradient.needs_update_rule or (repeated and not implicit))
             if needs and not has_update_rule(problem.optimizer):
+                kind = type(problem.optimizer).__name__
+                found = f"{kind} with hooks" if kind in registered_optimizers() else kind
                 raise GraphError(
                     f"level {problem.name!r}: {problem.hypergradient!r} differentiates the optimizer's steps; expected "
-                    f"one of {', '.join(registered_optimizers())}; found {type(problem.optimizer).__name__}. Change "
+                    f"one of {', '.join(registered_optimizers())} without hooks on its step; found {found}. Change "
                     f"the optimizer, teach its update with mlo.register_optimizer, or choose an estimator that does "
                     f"not need it."
                 )

@@ -80,7 +80,7 @@ class Variables:
         """Refuse a module whose trainable parameters are no longer these.
 
         Raises:
-            MloError: one was replaced, frozen, unfrozen, added or taken away.
+            MloError: one was replaced, frozen, unfrozen, added or taken away, or is in another module now.
         """
         now = {name: p for name, p in module.named_parameters() if p.requires_grad}
         before = dict(zip(self.names, self.parameters, strict=True))
@@ -90,6 +90,26 @@ class Variables:
                 f"level {level!r}: expected the trainable parameters that the engine was built with; found that "
                 f"{', '.join(changed)} changed. Make a new mlo.Engine after replacing, freezing or unfreezing them."
             )
+        slots = Variables(module)._slots
+        if [(id(container), *rest) for container, *rest in slots] != [(id(c), *rest) for c, *rest in self._slots]:
+            raise MloError(
+                f"level {level!r}: expected the modules that the engine was built with; found that one that holds "
+                f"trainable parameters was replaced, added or taken away. Make a new mlo.Engine after that."
+            )
+
+    def refuse_hooks(self, level: str) -> None:
+        """Refuse hooks on parameters where the loss is to be differentiated at other tensors, which have none.
+
+        Raises:
+            MloError: a parameter has one.
+        """
+        for name, p in zip(self.names, self.parameters, strict=True):
+            if p._backward_hooks:
+                raise MloError(
+                    f"level {level!r}: expected parameters without hooks, as its steps are differentiated; found one on "
+                    f"{name}, which acts on the steps alone. Put what it does into the loss or the optimizer, or choose "
+                    f"mlo.FirstOrder(), which differentiates no steps."
+                )
 
     @property
     def tensors(self) -> Tensors:
@@ -135,13 +155,15 @@ class Buffers:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._batch_norms: list[Any] = [
-            m for m in module.modules() if type(m) in _BATCH_NORMS and m.track_running_stats
-        ]
-        self._reading: set[Any] = set()  # those of them that have been seen in evaluation mode
+        self._reading: set[Any] = set()  # of batch normalizations, those that have been seen in evaluation mode
+        self.find(tuple(module.modules()))
+
+    def find(self, parts: Sequence[nn.Module]) -> None:
+        """Find the buffers that the parts of the module have now."""
+        self._batch_norms: list[Any] = [m for m in parts if type(m) in _BATCH_NORMS and m.track_running_stats]
         norms = {id(m) for m in self._batch_norms}
         self._others: list[Slot] = [
-            (m._buffers, key) for m in module.modules() if id(m) not in norms for key in m._buffers
+            (m._buffers, key) for m in parts if id(m) not in norms for key in m._buffers
         ]
         self.empty = not self._batch_norms and not self._others
         self.has_others = bool(self._others)

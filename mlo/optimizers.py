@@ -42,7 +42,7 @@ def sgd(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`torch.optim.SGD`: momentum, dampening, Nesterov and coupled weight decay (Sutskever et al. 2013)."""
     gradient = _coupled(weights, gradient, options)
-    new_state: dict[str, Tensor] = {}
+    new_state = dict(state)  # a scheduler may turn momentum off for a while: the buffer stays
     if _acts(options["momentum"]):
         buffer = state.get("momentum_buffer")
         if buffer is not None:
@@ -111,7 +111,12 @@ def registered_optimizers() -> tuple[str, ...]:
 
 def has_update_rule(optimizer: Optimizer) -> bool:
     """Return whether the optimizer's steps can be differentiated."""
-    return type(optimizer) in _RULES
+    return type(optimizer) in _RULES and not _step_hooks(optimizer)
+
+
+def _step_hooks(optimizer: Optimizer) -> bool:
+    """Whether something of the user's own is done before or after each step, which no rule tells of."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
@@ -146,8 +151,9 @@ def coupled_weight_decay(optimizer: type[Optimizer], options: Mapping[str, Any])
 def _no_rule(optimizer: type[Optimizer]) -> UpdateRule:
     def rule(*_: Any) -> Any:
         raise MloError(
-            f"{optimizer.__name__}: expected one of {', '.join(registered_optimizers())}, whose steps can be "
-            f"differentiated. Teach its update with mlo.register_optimizer, or let the estimator say needs_update_rule."
+            f"{optimizer.__name__}: expected one of {', '.join(registered_optimizers())} without hooks on its step, "
+            f"whose steps can be differentiated. Teach its update with mlo.register_optimizer, or let the estimator "
+            f"say needs_update_rule."
         )
 
     return rule
@@ -231,7 +237,7 @@ class Update:
                     by_kind.setdefault((step, tuple(own), p.dtype), []).append(i)
             buckets += [_Bucket(tuple(ids), {**options, "step": kind[0]}) for kind, ids in by_kind.items()]
         own_class = type(optimizer)
-        rule = _RULES.get(own_class, _no_rule(own_class))
+        rule = _RULES[own_class] if has_update_rule(optimizer) else _no_rule(own_class)
         return cls(own_class, rule, tuple(buckets), clip_norm, tuple(state), hyperparameters or {})
 
     def apply(self, weights: Tensors, gradient: Gradient, state: OptimizerState) -> tuple[Tensors, OptimizerState]:

@@ -126,17 +126,19 @@ class LevelState:
         for p, _ in kept:  # a frozen parameter may still have a gradient
             p.grad = None
         tensors = self.level.variables.tensors
-        with torch.no_grad():  # copies: the record keeps the gradient, and an optimizer may write into its own
-            for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
-                if g is not None:
-                    self._check_dense(i, g)
-                    own = g.clone() if g.stride() == tensors[i].stride() else torch.empty_like(tensors[i]).copy_(g)
-                    parameters[i].grad = like_parameter(i, own)
-        self.problem.optimizer.step()
-        for p in parameters:
-            p.grad = None
-        for p, g in kept:
-            p.grad = g
+        try:
+            with torch.no_grad():  # copies: the record keeps the gradient, and an optimizer may write into its own
+                for i, g in enumerate(clip(gradient, self.problem.clip_norm)):
+                    if g is not None:
+                        self._check_dense(i, g)
+                        own = g.clone() if g.stride() == tensors[i].stride() else torch.empty_like(tensors[i]).copy_(g)
+                        parameters[i].grad = like_parameter(i, own)
+            self.problem.optimizer.step()
+        finally:
+            for p in parameters:
+                p.grad = None
+            for p, g in kept:
+                p.grad = g
         if self.problem.scheduler is not None:
             self.problem.scheduler.step()
         self.renew()

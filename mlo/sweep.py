@@ -620,9 +620,7 @@ class Response:
         """Go through the recorded steps, newest first; what a record left out is recomputed, a segment at a time."""
         end = len(self.steps)
         while end:
-            begin = end - 1
-            while self.steps[begin].thin:
-                begin -= 1
+            begin = last_whole(self.steps, end)
             yield from reversed(restored(self.steps[begin:end]))
             end = begin
 
@@ -728,6 +726,11 @@ def like_recorded(recorded: Gradient, gradient: Gradient, weights: Tensors) -> G
         None if r is None else torch.zeros_like(w) if g is None else g
         for r, g, w in zip(recorded, gradient, weights, strict=True)
     )
+
+
+def last_whole(steps: Sequence[Step], end: int) -> int:
+    """Return the number of the last step before `end` that is not thin."""
+    return next(index for index in reversed(range(end)) if not steps[index].thin)
 
 
 def restored(steps: Sequence[Step]) -> list[Step]:

@@ -70,6 +70,20 @@ def test_a_nest_reports_the_symmetry_of_its_curvature(seed):
     assert found[f"{middle}.hypergradient_error"] < 1e-9
 
 
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_nest_of_recomputed_steps(steps):
+    """Whose last step may be one of those that are left out."""
+    graph = draw_graph(0, 3, nested=True)
+    graph.steps = dict.fromkeys(graph.names, steps)
+    plain, thin = (
+        played(graph.engine(mlo.Unroll(checkpoint=checkpoint), diagnostics_every=1))[0] for checkpoint in (False, True)
+    )
+    names = [name for name in plain if "hessian_asymmetry" in name]
+    assert names
+    assert [thin[name] for name in names] == pytest.approx([plain[name] for name in names], abs=1e-9)
+    assert all(check.passed for check in [graph.engine(mlo.Unroll(checkpoint=True)).check(progress=False)])
+
+
 @pytest.mark.parametrize(
     ("estimator", "symmetric"), [(mlo.Unroll(last=1), False), (mlo.Neumann(terms=1, scale=0.3), True)]
 )

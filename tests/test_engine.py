@@ -55,6 +55,68 @@ def test_parameters_that_changed_after_the_engine_was_made_are_named(change, use
         calls[use]()
 
 
+def test_a_module_in_the_place_of_another_is_named_though_it_holds_the_same_parameters():
+    engine = three_levels()
+    module = engine.graph["student"].module
+    name, old = next((name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear))
+    new = nn.Linear(old.in_features, old.out_features)
+    new.weight, new.bias = old.weight, old.bias
+    owner, _, key = name.rpartition(".")
+    setattr(module.get_submodule(owner), key, new)
+    with pytest.raises(mlo.MloError, match="level 'student': expected the modules that the engine was built with"):
+        engine.hypergradient("gate")
+
+
+def test_buffers_that_came_after_the_engine_was_made_are_held_still():
+    """A module put in, and a buffer registered."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([0.3, -0.2]))
+            self.act = nn.Identity()
+
+        def forward(self, x):
+            if hasattr(self, "calls"):
+                self.calls += 1
+            return self.act(x * self.w)
+
+    low, up = Counting(), Counting()
+    data = [torch.randn(4, 2, generator=torch.Generator().manual_seed(0))]
+    graph = mlo.Graph(
+        [
+            mlo.Problem("low", low, lambda levels, batch: (levels.low(batch) - levels.up.w).square().mean(),
+                        torch.optim.SGD(low.parameters(), lr=0.1), data, steps=3, hypergradient=mlo.Unroll()),
+            mlo.Problem("up", up, lambda levels, batch: (levels.low(batch) - 1).square().mean(),
+                        torch.optim.SGD(up.parameters(), lr=0.1), data),
+        ],
+        [mlo.Edge("up", "low"), mlo.Edge("low", "up")],
+    )  # fmt: skip
+    engine = mlo.Engine(graph, device="cpu")
+    engine.run(1, progress=False)
+    low.register_buffer("calls", torch.zeros(()))
+    low.act = nn.BatchNorm1d(2, affine=False)
+    engine.hypergradient("up")
+    assert (int(low.calls), int(low.act.num_batches_tracked)) == (0, 0)
+    engine.run(2, progress=False)
+    assert (int(low.calls), int(low.act.num_batches_tracked)) == (6, 6)
+
+
+def test_gradients_of_the_caller_survive_an_optimizer_that_fails():
+    engine = three_levels()
+    problem = engine.graph["student"]
+    for p in problem.module.parameters():
+        p.grad = torch.full_like(p, 7.0)
+
+    def fail(*_):
+        raise RuntimeError("no step")
+
+    problem.optimizer.step = fail
+    with pytest.raises(RuntimeError, match="no step"):
+        engine.run(1, progress=False)
+    assert all(torch.equal(p.grad, torch.full_like(p, 7.0)) for p in problem.module.parameters())
+
+
 def test_figures_of_a_round_that_was_broken_off_are_not_those_of_the_next():
     engine = three_levels(estimator=mlo.FiniteDifference())
     engine.run(1, progress=False)

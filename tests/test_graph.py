@@ -171,6 +171,32 @@ def test_a_detached_edge_is_read_by_value_and_puts_nothing_inside():
         graph["c"]
 
 
+def test_hooks_on_the_step_of_an_optimizer_are_refused_where_it_is_differentiated():
+    def declared(estimator):
+        module = nn.Linear(1, 1).double()
+        sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+        sgd.register_step_post_hook(lambda *_: module.weight.data.clamp_(-0.1, 0.1))
+        a = problem("a", module, loss=reading64("a", "b"), optimizer=sgd, hypergradient=estimator)
+        b = problem("b", nn.Linear(1, 1).double(), loss=reading64("a", "b"))
+        return mlo.Graph([a, b], [mlo.Edge("a", "b"), mlo.Edge("b", "a")]), sgd
+
+    with pytest.raises(mlo.GraphError, match="found SGD with hooks"):
+        declared(mlo.Unroll())
+    mlo.Engine(declared(mlo.FirstOrder())[0], device="cpu").run(1, progress=False)
+
+
+def test_hooks_on_the_step_that_come_later_are_refused_too():
+    module = nn.Linear(1, 1).double()
+    sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+    a = problem("a", module, loss=reading64("a", "b"), optimizer=sgd, hypergradient=mlo.Unroll())
+    b = problem("b", nn.Linear(1, 1).double(), loss=reading64("a", "b"))
+    engine = mlo.Engine(mlo.Graph([a, b], [mlo.Edge("a", "b"), mlo.Edge("b", "a")]), device="cpu")
+    engine.run(1, progress=False)
+    sgd.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(mlo.MloError, match="SGD: expected one of .* without hooks on its step"):
+        engine.run(1, progress=False)
+
+
 def test_an_optimizer_may_be_taught():
     class Halving(torch.optim.SGD):
         def step(self, closure=None):

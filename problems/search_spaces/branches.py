@@ -85,7 +85,7 @@ class Statistics:
 
 
 def are_alike(norms: Sequence[Any]) -> bool:
-    """Whether all are plain BatchNorms of the same settings, in training mode."""
+    """Whether all are plain BatchNorms of the same settings, in training mode, with the statistics that they track."""
     return all(
         type(norm) is nn.BatchNorm2d
         and norm.training
@@ -93,6 +93,7 @@ def are_alike(norms: Sequence[Any]) -> bool:
         and norm.momentum is not None
         and (norm.momentum, norm.eps, norm.track_running_stats)
         == (norms[0].momentum, norms[0].eps, norms[0].track_running_stats)
+        and (not norm.track_running_stats or all(b is not None for b in norm._buffers.values()))
         for norm in norms
     )
 

@@ -33,6 +33,9 @@ DARTS_PRIMITIVES = (
 """The primitives of DARTS, in the order of the columns of alpha."""
 
 
+_LEFT_OUT = float("-inf")
+
+
 class CellWeights(NamedTuple):
     """What an architecture gives a supernet: the weight of each primitive on each edge, by type of cell."""
 
@@ -160,21 +163,23 @@ def discretize(weights: CellWeights, space: SearchSpace = DARTS, *, max_skips: i
         weights: One number for each primitive of each edge, comparable within a node: softmax(alpha) in DARTS.
         space: Whose primitives they weigh.
         max_skips: The most skip-connections that the normal cell may have, or None. As long as it has more, the weakest
-            of them has its weight set to 0, and edges and primitives are chosen again (P-DARTS, section 3.3).
+            of them is left out, and edges and primitives are chosen again (P-DARTS, section 3.3).
 
     Raises:
         ValueError: The shapes are not those of `space`, a weight is not finite, or the space has not enough other
-            primitives for `max_skips`.
+            primitives for `max_skips`, or that is negative.
     """
     check_weights(weights, space)
+    if max_skips is not None and max_skips < 0:
+        raise ValueError(f"expected max_skips >= 0 or None, got {max_skips}")
     concat = tuple(range(NUM_INPUTS, NUM_INPUTS + space.num_nodes))
     rows = {cell: _rows(cell, matrix) for cell, matrix in (("normal", weights.normal), ("reduce", weights.reduce))}
     normal = _choose(rows["normal"], space.normal)
     while max_skips is not None and len(skips := [c for c in normal if c.primitive == "skip_connect"]) > max_skips:
         weakest = min(skips, key=lambda choice: choice.weight)
-        if weakest.weight <= 0:
+        if weakest.weight == _LEFT_OUT:
             raise ValueError(f"expected a space with enough primitives for max_skips = {max_skips}, got {space.normal}")
-        rows["normal"][weakest.edge][space.normal[weakest.edge].index("skip_connect")] = 0.0
+        rows["normal"][weakest.edge][space.normal[weakest.edge].index("skip_connect")] = _LEFT_OUT
         normal = _choose(rows["normal"], space.normal)
     return Genotype(
         normal=tuple((choice.primitive, choice.source) for choice in normal),

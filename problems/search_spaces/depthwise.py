@@ -178,8 +178,9 @@ def _correlate_by_columns(x: Tensor, g: Tensor, k: int, stride: int) -> Tensor:
             # What they meet: the columns of the images from number `first - border`, in strides.
             before = max(0, -((first - border) // stride))
             met = x[..., first - border + stride * before :: stride]
-            after = g.shape[3] + columns.shape[3] - 1 - before - met.shape[3]
-            images = functional.pad(met, (before, after, above, above))
+            width = g.shape[3] + columns.shape[3] - 1
+            before = min(before, width)  # they meet none where the images are narrow
+            images = functional.pad(met, (before, width - before - met.shape[3], above, above))
             padding = [border - above, 0]
             columns[...] = torch.ops.aten.convolution_backward(
                 g, images, columns, None, [stride, 1], padding, [1, 1], False, [0, 0], channels, [False, True, False]

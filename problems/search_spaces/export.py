@@ -46,11 +46,14 @@ def export_network(network: EvaluationNetwork, path: str | os.PathLike[str]) -> 
     """Write a network into a folder, without the auxiliary head.
 
     Args:
-        network: on any device, in any mode; left as it is.
+        network: on any device, in any mode, compiled or not; left as it is.
         path: of the folder, made where it is missing; an older network in it is replaced.
 
     Returns:
         The folder.
+
+    Raises:
+        MloError: its weights are not those of the network that it was constructed as: `load_network` could not read it.
 
     Example:
         >>> import tempfile
@@ -59,16 +62,22 @@ def export_network(network: EvaluationNetwork, path: str | os.PathLike[str]) -> 
         >>> sorted(file.name for file in export_network(network, tempfile.mkdtemp()).iterdir())
         ['network.json', 'network.safetensors']
     """
+    original: EvaluationNetwork = getattr(network, "_orig_mod", network)
+    shape = original.shape
+    tensors = {name: t for name, t in original.state_dict().items() if not name.startswith(_AUXILIARY)}
+    with torch.device("meta"):
+        expected = replace(shape, auxiliary=False).build().state_dict()
+    for name in sorted(tensors.keys() | expected.keys()):
+        found, wanted = (None if name not in own else tuple(own[name].shape) for own in (tensors, expected))
+        if found != wanted:
+            raise MloError(
+                f"expected an evaluation network as it was constructed; found {name} of shape {found or 'none'} in the "
+                f"place of {wanted or 'none'}. Save a changed network with torch.save."
+            )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save(
-        {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in network.state_dict().items()
-            if not name.startswith(_AUXILIARY)
-        }
-    )
-    shape = network.shape
+    # Clones: modules may have weights in common, which a file of this format cannot.
+    weights = save({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
     description = _Description(
         genotype=shape.genotype.to_json(),
         num_classes=shape.num_classes,
@@ -113,7 +122,7 @@ def load_network(path: str | os.PathLike[str]) -> EvaluationNetwork:
             f"{where}: expected the description of an exported network; {place + ': ' if place else ''}{first['msg']}. "
             f"Export it again."
         ) from error
-    except (ValueError, RuntimeError) as error:  # of torch, for sizes out of all bounds
+    except (ValueError, TypeError, RuntimeError) as error:  # of torch, for sizes out of all bounds
         raise MloError(f"{where}: expected the description of an exported network; {error}") from error
     where = folder / WEIGHTS
     if hashlib.sha256(weights).hexdigest() != description.weights_sha256:

@@ -15,8 +15,8 @@
   taken apart once for all primitives.
 
 Where there is less to share it does what `SearchCell` does: in evaluation mode, with sampled edges, with edges of other
-classes or modules of other settings than it was built with, and where modules have hooks (those of normalizations are
-not called).
+classes or modules of other settings than it was built with, in replicas, and where modules have hooks (those of
+normalizations are not called).
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class FusedCell(SearchCell):
             for source in range(NUM_INPUTS + len(self.incoming) - 1)
         ]
         self._strides = [shape.stride(source) for source in range(len(self._leaving))]
+        self._shape = len(primitives), len(primitives[0])
         self._built = self._settings()
         self._look_over()
 
@@ -82,7 +83,8 @@ class FusedCell(SearchCell):
         if len(kinds) != 1 or next(iter(kinds))[0] not in (MixedOperation, PartialOperation):
             return []
         averages = [[settings_of(part) for part in edge.modules() if isinstance(part, nn.AvgPool2d)] for edge in edges]
-        return [(edge.primitives, str(edge), own) for edge, own in zip(edges, averages, strict=True)]
+        kinds_of_parts = [[type(part) for part in edge.modules()] for edge in edges]  # their text names them only
+        return [(e.primitives, str(e), *own) for e, *own in zip(edges, kinds_of_parts, averages, strict=True)]
 
     def _look_over(self) -> None:
         """Find out whether the edges can be computed together, and how; anew whenever modules have changed."""
@@ -101,6 +103,12 @@ class FusedCell(SearchCell):
         ]  # fmt: skip
         self.fusable = bool(self._built) and self._settings() == self._built
         self._plans = {joined: self._plan(joined) for joined in (False, True)} if self.fusable else {}
+
+    def _replicate_for_data_parallel(self) -> FusedCell:
+        replica: FusedCell = super()._replicate_for_data_parallel()
+        replica.fusable = False  # what is known of the modules is known of those of the original
+        replica._present, replica._held = [], []
+        return replica
 
     def _plan(self, joined: bool) -> Plan:
         """Return what runs as one, the inputs of the cell joined or each of them apart."""
@@ -125,7 +133,8 @@ class FusedCell(SearchCell):
             self._look_over()
         sampled = states is not None and any(state.chosen is not None for state in states)
         hooked = any(self._hooks) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        if sampled or not self.fusable or hooked or not are_alike(self._norms):
+        fits = weights.shape == self._shape and (edge_weights is None or edge_weights.shape == self._shape[:1])
+        if sampled or hooked or not fits or not self.fusable or not are_alike(self._norms):
             return super().forward(before_last, last, weights, edge_weights, states)
         like = self._norms[0].running_mean if self._norms else None
         if like is None:
@@ -344,13 +353,13 @@ class _Branches:
                 scale = edge.row[mixed.primitives.index("skip_connect")]
                 skips.append((mixed.operations["skip_connect"], scale, edge.skip_dropout))
             if mixed.auxiliary is not None:
-                scale = x.new_ones(()) if edge.weight is None else edge.weight
+                scale = edge.row[0].new_ones(()) if edge.weight is None else edge.weight
                 skips.append((mixed.auxiliary, edge.auxiliary_skip * scale, 0.0))
             for operation, scale, dropout in skips:
                 if isinstance(operation, FactorizedReduce):
                     reducing.setdefault(id(edge.source), []).append((edge, operation, scale))
                 else:
-                    kept = functional.dropout(x, dropout, operation.training) if dropout else x
+                    kept = functional.dropout(x, dropout, mixed.training) if dropout else x
                     self.products.append((edge, kept, scale))
         for of_source in reducing.values():
             for first in range(0, len(of_source), self.at_once):

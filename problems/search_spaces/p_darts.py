@@ -28,12 +28,14 @@ def prune(architecture: Architecture, num_primitives: int) -> SearchSpace:
         num_primitives: To be kept on each edge, at least 2.
 
     Raises:
-        ValueError: There are not so many, or fewer than 2 are asked for.
+        ValueError: There are not so many, or fewer than 2 are asked for, or a score is not finite.
     """
     available = min(architecture.space.normal_shape[1], architecture.space.reduce_shape[1])
     if not 2 <= num_primitives <= available:
         raise ValueError(f"expected between 2 and {available} primitives to be kept, got {num_primitives}")
     scores, space = architecture.scores(), architecture.space
+    if not (scores.normal.isfinite().all() and scores.reduce.isfinite().all()):
+        raise ValueError("expected finite weights of the primitives, got an architecture that has diverged")
     return SearchSpace(
         _strongest(scores.normal, space.normal, num_primitives), _strongest(scores.reduce, space.reduce, num_primitives)
     )
@@ -69,7 +71,7 @@ class SkipDropout:
 
     def __call__(self, progress: float) -> float:
         """Return the probability at a fraction of the stage."""
-        epoch = int(progress * self.epochs)
+        epoch = math.floor(progress * self.epochs + 1e-6)  # a product may fall short of a whole number by rounding
         if epoch < self.frozen_epochs:
             return self.initial * (self.epochs - epoch - 1) / self.epochs
         return self.initial * math.exp(-0.2 * (epoch - self.frozen_epochs))

@@ -1,5 +1,6 @@
 """Cases that once went wrong, against the same problem written another way, or against steps really repeated."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -507,3 +508,46 @@ def test_recomputed_activations_change_nothing(wrapper, num_levels):
 def test_what_would_be_recomputed_with_other_variables_is_refused():
     with pytest.raises(mlo.MloError, match=r"'level\d'.*part of a nest.*torch.utils.checkpoint"):
         chain_of("torch", 3)
+
+
+class Cycled(torch.optim.lr_scheduler.LRScheduler):
+    """Turns momentum off in every third step; torch's optimizer then keeps its buffer."""
+
+    def get_lr(self):
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.0 if self.last_epoch % 3 == 1 else 0.9
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("estimator", [mlo.Unroll(), mlo.Unroll(graphs=0), mlo.Unroll(checkpoint=True)], ids=repr)
+def test_momentum_that_is_off_for_a_while(estimator, clip_norm):
+    low, up = Vectors(w=[0.3, -0.2]), Vectors(u=[0.5, 1.5])
+    sgd = torch.optim.SGD(low.parameters(), lr=0.1, momentum=0.9)
+
+    def fit(levels, batch):
+        return ((levels.low.w - levels.up.u.tanh()) ** 2 * (0.3 * levels.low.w).exp()).sum()
+
+    levels = [
+        mlo.Problem("low", low, fit, sgd, None, steps=6, hypergradient=estimator, scheduler=Cycled(sgd),
+                    clip_norm=clip_norm),
+        mlo.Problem("up", up, lambda levels, batch: (levels.low.w - 1).pow(4).sum(),
+                    torch.optim.SGD(up.parameters(), lr=0.1), None),
+    ]  # fmt: skip
+    engine = mlo.Engine(mlo.Graph(levels, [mlo.Edge("up", "low"), mlo.Edge("low", "up")]), device="cpu")
+    for _ in range(2):
+        (level,) = engine.check(progress=False).levels
+        assert (level.verdict, level.error < 1e-8) == ("exact", True)
+        engine.run(1, progress=False)
+
+
+def test_momentum_that_is_off_for_a_while_in_a_nest():
+    def cycled(module):
+        return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+    engine = nest((mlo.Unroll(),) * 3, (inner, middle, outer), steps=(4, 2, 1), optimizer=cycled)
+    problem = engine.graph["l0"]
+    levels = [replace(p, scheduler=Cycled(problem.optimizer)) if p is problem else p for p in engine.graph.levels]
+    engine = mlo.Engine(mlo.Graph(levels, engine.graph.edges), device="cpu")
+    for level in engine.check(progress=False).levels:
+        assert (level.verdict, level.error < 1e-8) == ("exact", True)

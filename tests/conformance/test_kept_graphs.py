@@ -154,14 +154,28 @@ def test_a_level_that_moves_after_the_step():
     assert level.error < 1e-5
 
 
+def hooked(estimator):
+    engine = bilevel(estimator)
+    weight = engine.graph["low"].module[0].weight
+    weight.register_hook(torch.zeros_like)
+    return engine, weight, weight.detach().clone()
+
+
 def test_hooks_of_parameters_act_on_the_step():
-    engines = [bilevel(estimator) for estimator in (NOT_KEPT, KEPT, ALL_KEPT)]
-    for engine in engines:
-        weight = engine.graph["low"].module[0].weight
-        weight.register_hook(torch.zeros_like)
-        before = weight.detach().clone()
-        engine.run(2, progress=False)
-        assert torch.equal(weight, before)
+    engine, weight, before = hooked(mlo.FirstOrder())
+    engine.run(2, progress=False)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [NOT_KEPT, KEPT, ALL_KEPT, mlo.FiniteDifference(), mlo.ConjugateGradient(damping=1.0), mlo.SAMA(), mlo.Penalty()],
+    ids=repr,
+)
+def test_hooks_of_parameters_are_refused_where_steps_are_differentiated(estimator):
+    """They would act on the step and not on its derivatives, which are taken at other tensors."""
+    with pytest.raises(mlo.MloError, match="level 'low': expected parameters without hooks.* found one on 0.weight"):
+        hooked(estimator)[0].run(1, progress=False)
 
 
 class Recomputed(nn.Module):
