@@ -21,6 +21,7 @@ from mlo.calls import Calls, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
 from mlo.levels import Buffers, Copies, Levels, LevelView, Output, Sum, Tensors, Undo, Variables
+from mlo.normalization import LayerNormInSteps
 from mlo.randomness import seed_generators, term_key, were_drawn_from
 from mlo.sharding import ShardedVariables, find_variables
 
@@ -57,6 +58,7 @@ class Level:
         attached: those of `reads` that are differentiated.
         hyperparameters: options of its optimizer that other levels determine, as functions of them.
         compiled: the module under `torch.compile`, which first-order passes call instead of it.
+        nested: whether levels of the graph are solved within a nest, so that third derivatives may be taken.
         parts: of the module, itself the first.
         names: of the level and all that it reads.
         view: of the module as first-order passes call it.
@@ -70,6 +72,7 @@ class Level:
     attached: tuple[str, ...]
     hyperparameters: Mapping[str, Callable[[Levels], Any]] = field(default_factory=dict)
     compiled: Callable[..., Any] | None = None
+    nested: bool = False
     variables: Variables = field(init=False)
     buffers: Buffers = field(init=False)
     parts: tuple[nn.Module, ...] = field(init=False)
@@ -209,7 +212,8 @@ class LossCall:
             torch.autocast(backend.device.type, backend.autocast, enabled=autocast) if backend.autocast else _AS_IS
         )
         attention = sdpa_kernel(SDPBackend.MATH) if double_backward else _AS_IS
-        with _AS_IS if torch.is_grad_enabled() else torch.enable_grad(), casting, attention:
+        norms = LayerNormInSteps() if double_backward and own.nested else _AS_IS
+        with _AS_IS if torch.is_grad_enabled() else torch.enable_grad(), casting, attention, norms:
             # What other processes see of a batch has draws of its own; a function of variables alone has the same ones.
             rank = rank_of(backend.group) if self.objective is None else 0
             num_buffers = len(self._versions()) if len(terms) > 1 else 0

@@ -104,15 +104,22 @@ def average(tensors: Sequence[Tensor | None], likes: Sequence[Tensor], group: Gr
     if not tensors:
         return ()
     given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
-    parts = [torch.zeros_like(like) if t is None else t for t, like in zip(tensors, likes, strict=True)]
-    flat = torch.cat([given, *(t.detach().reshape(-1) for t in parts)])  # in the widest of their types
+    shapes = [_as_real(like) for like in likes]
+    parts = [torch.zeros_like(like) if t is None else _as_real(t) for t, like in zip(tensors, shapes, strict=True)]
+    flat = torch.cat([given, *(t.reshape(-1) for t in parts)])  # in the widest of their types
     _all_reduce(flat, "SUM", group)
     counts, *means = torch.split(flat, [len(parts), *(t.numel() for t in parts)])
     num = torch.distributed.get_world_size(group)
+    found = [(mean / num).view_as(like).to(like.dtype) for mean, like in zip(means, shapes, strict=True)]
     return tuple(
-        (mean / num).view_as(like).to(like.dtype) if count else None
-        for count, mean, like in zip(counts.tolist(), means, likes, strict=True)
+        None if not count else torch.view_as_complex(mean) if like.is_complex() else mean
+        for count, mean, like in zip(counts.tolist(), found, likes, strict=True)
     )
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def reduced(tensor: Tensor, operation: str, group: Group) -> Tensor:
@@ -134,6 +141,21 @@ def are_equal(number: int, group: Group) -> bool:
     return largest == -of_negatives
 
 
+def are_alike(value: Any, group: Group) -> bool:
+    """Return whether the values of all processes read alike (by `repr`)."""
+    return are_equal(zlib.crc32(repr(value).encode()), group)
+
+
+def gathered(value: T, group: Group) -> list[T]:
+    """Return the values of all processes of the group, in the order of their ranks."""
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    with _Together():
+        torch.distributed.all_gather_object(found, value, group)
+    return found
+
+
 def _largest(numbers: list[int], group: Group) -> list[int]:
     if group is None:
         return numbers
@@ -146,11 +168,8 @@ def mean_metrics(metrics: dict[str, float], group: Group, device: torch.device) 
     if group is None or not metrics:
         return metrics
     names = list(metrics)
-    if not are_equal(zlib.crc32("\0".join(names).encode()), group):
-        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        with _Together():
-            torch.distributed.all_gather_object(gathered, names, group)
-        names = list(dict.fromkeys(chain.from_iterable(gathered)))
+    if not are_alike(names, group):
+        names = list(dict.fromkeys(chain.from_iterable(gathered(names, group))))
     own = [[metrics.get(name, 0.0), float(name in metrics)] for name in names]
     numbers = torch.tensor(own, dtype=torch.float64, device=device)
     (means,) = average([numbers], [numbers], group)
@@ -166,7 +185,11 @@ def align(module: nn.Module, group: Group) -> None:
     source = torch.distributed.get_global_rank(group, 0)
     with _Together():
         for tensor in (*module.parameters(), *module.buffers()):
-            torch.distributed.broadcast(tensor, source, group)
+            content = tensor.detach().reshape(-1).clone()  # contiguous; as bytes, for not every type can be sent
+            if content.numel():
+                torch.distributed.broadcast(content.view(torch.uint8), source, group)
+                if not torch.equal(content.view(torch.uint8), tensor.detach().reshape(-1).clone().view(torch.uint8)):
+                    tensor.copy_(content.view(tensor.shape))
 
 
 @torch.no_grad()
@@ -175,9 +198,11 @@ def average_buffers(module: nn.Module, group: Group) -> None:
     if group is None:
         return
     buffers = [b for b in module.buffers() if b.is_floating_point()]
-    for buffer, mean in zip(buffers, average(buffers, buffers, group), strict=True):
+    wide = [b.double() for b in buffers]  # in which what is the same everywhere stays what it is, however large
+    for buffer, mean in zip(buffers, average(wide, wide, group), strict=True):
         assert mean is not None
-        buffer.copy_(mean)
+        if not torch.equal(mean, buffer.double()):  # one that is expanded cannot be written into
+            buffer.copy_(mean)
 
 
 def by_first(action: Callable[[], None], group: Group) -> None:

@@ -42,7 +42,18 @@ from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.compilation import compiled
 from mlo.devices import find_device
 from mlo.diagnostics import asymmetries, check_interval, diagnose
-from mlo.distributed import Group, agreed, align, average_buffers, by_first, mean_metrics, whole_world
+from mlo.distributed import (
+    Group,
+    agreed,
+    align,
+    are_alike,
+    average_buffers,
+    by_first,
+    gathered,
+    mean_metrics,
+    rank_of,
+    whole_world,
+)
 from mlo.double import double, in_double, in_float64
 from mlo.errors import CheckpointError, DivergenceError, MloError
 from mlo.graph import Graph
@@ -55,6 +66,7 @@ from mlo.state import LevelState, check_generators, move_optimizer
 from mlo.sweep import Context, Journal, Member, Solve, Step, StepGraph, Weights, World, sweep, values_of
 from mlo.tracing import trace
 from mlo.tracking import Callback, ProgressBar, RoundReport, check_callbacks, mean
+from mlo.trees import are_equal_trees
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -127,12 +139,21 @@ class Engine:
             raise MloError("precision: expected 'bf16' or 'fp32' with a sharded level; found 'fp16'")
         group = sharded or (whole_world() if group == "auto" else group)
         self._backend = Backend(find_device(device, modules), _PRECISIONS[precision], group)
+        described = [(p.name, p.steps, p.micro_batches, type(p.optimizer), type(p.hypergradient)) for p in graph.levels]
+        shapes = [[(name, tuple(p.shape)) for name, p in module.named_parameters()] for module in modules]
+        if not are_alike((seed, precision, rollback, diagnostics_every, described, shapes), group):
+            raise MloError(
+                "expected the same graph, seed and settings in all processes; found others in one of them. Start all "
+                "with the same command on the same files."
+            )
         for problem in graph.levels:
             problem.module.to(self._backend.device)
             if not is_sharded(problem.module):
                 align(problem.module, group)
             move_optimizer(problem.optimizer, self._backend.device)
         calls = self._compiled(compile)
+        inside = graph.structure.inside
+        nested = any(inside[q] for inner in inside.values() for q in inner)
         self._levels = {
             p.name: Level(
                 p.name,
@@ -142,6 +163,7 @@ class Engine:
                 graph.structure.reads[p.name],
                 p.hyperparameters,
                 calls.get(p.name),
+                nested,
             )
             for p in graph.levels
         }
@@ -188,6 +210,8 @@ class Engine:
         if not isinstance(rounds, int | np.integer) or rounds < 0:
             raise MloError(f"rounds: expected a whole number of at least 0; found {rounds!r}")
         check_callbacks(callbacks)
+        if not are_alike((int(rounds), total_rounds), self._backend.group):
+            raise MloError(f"rounds: expected the same number in all processes; found others than {rounds} in one")
         self._trace()
         self.total_rounds = max(total_rounds or self.total_rounds, self.rounds_done + rounds)
         metrics: dict[str, float] = {}
@@ -303,17 +327,24 @@ class Engine:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, atomically; a run resumed from it goes on bit for bit.
 
+        Of several processes the first one writes. Where each has a data position of its own, such as that of a
+        generator with a seed of its own, the checkpoint holds all of them, and is loaded by as many processes.
+
         Raises:
             CheckpointError: a level's data cannot be resumed, or the file cannot be written.
         """
         check_generators(self._states)
+        levels = {name: own.state_dict() for name, own in self._states.items()}
         state = {
             "seed": self.seed,
             "rounds_done": self.rounds_done,
             "total_rounds": self.total_rounds,
-            "levels": {name: own.state_dict() for name, own in self._states.items()},
+            "levels": levels,
             "memory": self._journal.memory,
         }
+        streams = gathered({name: own["stream"] for name, own in levels.items()}, self._backend.group)
+        if not all(are_equal_trees(own, streams[0]) for own in streams[1:]):
+            state["streams"] = streams
         by_first(lambda: write_checkpoint(path, state), self._backend.group)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -321,8 +352,19 @@ class Engine:
 
         Raises:
             CheckpointError: the file is damaged, or belongs to another graph; nothing has changed then.
+            MloError: it holds the data positions of another number of processes; nothing has changed either.
         """
         saved = read_checkpoint(path)
+        if streams := saved.get("streams"):
+            group = self._backend.group
+            num = 1 if group is None else torch.distributed.get_world_size(group)
+            if num != len(streams):
+                raise MloError(
+                    f"{path}: expected {len(streams)} processes, each of which goes on with data of its own; found "
+                    f"{num}. Start as many, or give all processes data that is drawn alike (mlo's own is)."
+                )
+            for name, own in streams[rank_of(group)].items():
+                saved["levels"][name]["stream"] = own
         levels = saved.get("levels")
         found = sorted(map(str, levels)) if isinstance(levels, dict) else []
         if found != sorted(self._states):
@@ -629,8 +671,8 @@ class Engine:
             if not math.isfinite(loss):
                 raise DivergenceError(
                     f"round {self.rounds_done}, level {name!r}: expected a finite loss; found {loss}. Lower the "
-                    f"learning rate of the level or of one that it reads, or set clip_norm; the newest checkpoint is "
-                    f"from before."
+                    f"learning rate of the level or of one that it reads, or set clip_norm. The weights are spoilt; a "
+                    f"checkpoint, if there is one, is from before."
                 )
 
     def _trace(self) -> None:

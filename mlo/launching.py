@@ -42,7 +42,7 @@ def start_processes(num_processes: int | None) -> None:
     failed ended with otherwise.
 
     Raises:
-        MloError: a process was killed.
+        MloError: a process was killed, or ended with a status that no command of mlo ends with.
     """
     if num_processes is None or num_processes == 1 or is_launched():
         return
@@ -63,8 +63,17 @@ def start_processes(num_processes: int | None) -> None:
                 f"process {rank} of {num_processes} was killed (signal {-failure.exitcode}). If the run "
                 f"had begun, go on with mlo resume"
             ) from None
+        if failure.exitcode not in _OWN:
+            raise MloError(
+                f"process {rank} of {num_processes} ended by itself, with status {failure.exitcode}. If the run had "
+                f"begun, go on with mlo resume"
+            ) from None
         sys.exit(failure.exitcode)
     sys.exit(0)
+
+
+_OWN = (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""What a command that fails, or is interrupted, ends with, after it has said why."""
 
 
 def _without_launch(arguments: Sequence[str]) -> list[str]:

@@ -106,9 +106,9 @@ class Variables:
         for name, p in zip(self.names, self.parameters, strict=True):
             if p._backward_hooks:
                 raise MloError(
-                    f"level {level!r}: expected parameters without hooks, as its steps are differentiated; found one on "
-                    f"{name}, which acts on the steps alone. Put what it does into the loss or the optimizer, or choose "
-                    f"mlo.FirstOrder(), which differentiates no steps."
+                    f"level {level!r}: expected parameters without hooks, as its steps are differentiated; found one "
+                    f"on {name}, which acts on the steps alone. Put what it does into the loss or the optimizer, or "
+                    f"choose mlo.FirstOrder(), which differentiates no steps."
                 )
 
     @property
@@ -162,9 +162,7 @@ class Buffers:
         """Find the buffers that the parts of the module have now."""
         self._batch_norms: list[Any] = [m for m in parts if type(m) in _BATCH_NORMS and m.track_running_stats]
         norms = {id(m) for m in self._batch_norms}
-        self._others: list[Slot] = [
-            (m._buffers, key) for m in parts if id(m) not in norms for key in m._buffers
-        ]
+        self._others: list[Slot] = [(m._buffers, key) for m in parts if id(m) not in norms for key in m._buffers]
         self.empty = not self._batch_norms and not self._others
         self.has_others = bool(self._others)
 
@@ -310,6 +308,11 @@ class Sum:
         if not terms:
             raise GraphError("Sum: expected at least one loss; found none")
         for term in terms:
+            if isinstance(term, Tensor):
+                raise GraphError(
+                    "Sum: expected functions loss(levels, batch), as the loss of a Problem: loss=Sum(fit, imitate); "
+                    "found a tensor. Within a loss add tensors up with +."
+                )
             if not callable(term):
                 raise GraphError(f"Sum: expected losses, one after the other: Sum(fit, imitate); found {term!r}")
         self.terms = terms

@@ -38,7 +38,7 @@ from typing import Any, ClassVar, Protocol
 import numpy
 import torch
 
-from mlo.distributed import Group, agreed, by_first, from_first, rank_of, whole_world
+from mlo.distributed import Group, agreed, are_alike, by_first, from_first, rank_of, whole_world
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, InteropError, MloError
 from mlo.files import alone, write_text
@@ -132,6 +132,11 @@ class Run:
         self.recipe = recipe
         self.name = name
         self._group = whole_world()
+        if not are_alike(dump_recipe(recipe), self._group):
+            raise MloError(
+                f"{folder}: expected the same recipe in all processes; found another one in one of them. Start all "
+                f"with the same command on the same files."
+            )
         self._progress = progress and rank_of(self._group) == 0
         if rank_of(self._group) > 0:
             self._scratch = tempfile.TemporaryDirectory(prefix="mlo-", ignore_cleanup_errors=True)
@@ -336,14 +341,11 @@ class Run:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Refuse a second process in the same folder (where the platform has file locks)."""
-        if not self.is_first:
-            yield
-            return
         refusal = (
-            f"{self.folder}: expected no other process at work in this folder; found one. Wait for it, or stop it "
-            f"first."
+            f"{self.home}: expected no other process at work in this folder; found one. Wait for it, or stop it first."
         )
-        with alone(self.folder / "recipe.yaml", refusal):
+        with ExitStack() as stack:
+            by_first(lambda: stack.enter_context(alone(self.home / "recipe.yaml", refusal)), self._group)
             yield
 
     @contextmanager

@@ -50,7 +50,8 @@ class Stream:
     """An endless stream of batches over an iterable.
 
     Every draw is keyed by (seed, level, epoch, index): the order of a shuffling `DataLoader` and augmentations in the
-    main process do not depend on anything else. A `DataLoader` with a generator of its own keeps it.
+    main process do not depend on anything else. A `DataLoader` with a generator of its own keeps it; data, or a
+    sampler, with `set_epoch` is told each epoch before it is begun.
 
     Args:
         name: the level's, for messages and keys.
@@ -185,6 +186,9 @@ class Stream:
         for generator, state in zip(generators, states, strict=False):
             generator.set_state(state)
         self._drawn = Position(epoch, 0, tuple(g.get_state() for g in generators))
+        for owner in (self._data, *_samplers(self._data)):
+            if callable(set_epoch := getattr(owner, "set_epoch", None)):  # such as a DistributedSampler's
+                set_epoch(epoch)
         seed_generators(self._key("epoch", 0), self._device)
         self._iterator = iter(self._data)
 
@@ -215,10 +219,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def _generators(data: Any) -> list[torch.Generator]:
     """Return the torch generators that a `DataLoader` and its samplers draw from, each once."""
     found: dict[int, torch.Generator] = {}
-    if isinstance(data, DataLoader):
-        owners = (data, data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
-        for owner in owners:
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
+    owners = (data, *_samplers(data)) if isinstance(data, DataLoader) else ()
+    for owner in owners:
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
     return list(found.values())
+
+
+def _samplers(data: Any) -> tuple[Any, ...]:
+    """Return the samplers of a `DataLoader`."""
+    if not isinstance(data, DataLoader):
+        return ()
+    return data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None)

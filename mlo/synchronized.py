@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlo.distributed import mean_everywhere, whole_world
+from mlo.distributed import Group, mean_everywhere, whole_world
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -20,12 +20,14 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Args:
         like: the module whose parameters, buffers and settings it takes over.
+        group: the processes; "auto" for all of `torch.distributed`.
     """
 
-    def __init__(self, like: nn.modules.batchnorm._BatchNorm) -> None:
+    def __init__(self, like: nn.modules.batchnorm._BatchNorm, group: Group = "auto") -> None:
         super().__init__(like.num_features, like.eps, like.momentum, affine=False, track_running_stats=False)
         self.affine, self.track_running_stats = like.affine, like.track_running_stats
         self._parameters, self._buffers = like._parameters, like._buffers
+        self._group = group
         self.train(like.training)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
@@ -34,7 +36,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize an input of shape (batch, channels, ...)."""
-        group = whole_world()
+        group = whole_world() if self._group == "auto" else self._group
         if group is None or not (self.training or self.running_mean is None):
             normalized: Tensor = super().forward(input)
             return normalized
@@ -61,19 +63,23 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         running.running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
 
 
-def synchronize_batch_norm(module: nn.Module) -> nn.Module:
+def synchronize_batch_norm(module: nn.Module, group: Group = "auto") -> nn.Module:
     """Let a module normalize over the batches of all processes; parameters and buffers stay the same objects.
 
     Args:
-        module: whose batch normalizations are replaced, in place.
+        module: whose batch normalizations are replaced, in place, under each of their names.
+        group: the processes, those of the engine: "auto" for all of `torch.distributed`.
 
     Returns:
         The module, or what replaces it.
     """
-    if type(module) in _PLAIN:
-        return SynchronizedBatchNorm(module)  # type: ignore[arg-type]
-    for name, child in list(module.named_children()):
-        replaced = synchronize_batch_norm(child)
-        if replaced is not child:
-            module.register_module(name, replaced)
-    return module
+    return _replaced(module, group, {})
+
+
+def _replaced(module: nn.Module, group: Group, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in known:
+        known[module] = SynchronizedBatchNorm(module, group) if type(module) in _PLAIN else module  # type: ignore[arg-type]
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = _replaced(child, group, known)
+    return known[module]

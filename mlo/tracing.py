@@ -24,7 +24,8 @@ def trace(
     """Call each loss once, changing nothing, and compare what it reads with the edges.
 
     Raises:
-        GraphError: a loss reads a level without an edge, does not read one that it has an edge to, or depends on none.
+        GraphError: a loss reads a level without an edge, does not read one that it has an edge to, depends on none, or
+            writes into variables.
     """
     variables = {name: level.variables.parameters for name, level in levels.items()}
     with Undo() as undo:
@@ -41,6 +42,7 @@ def trace(
                         _check_closure(variables, name, option.sum(), "hyperparameters", ())
                 _check_outside(graph, name, accessed)
                 level = levels[name]
+                before = {other: _versions(variables[other]) for other in level.names}
                 keeps = name not in graph.structure.tops and graph[name].hypergradient.kept_graphs != 0
                 keeps = keeps and not level.variables.sharded
                 with Undo() as bound:
@@ -49,6 +51,12 @@ def trace(
                     loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
                     if keeps and _depends(loss, level.variables.parameters):
                         level.habits.keeps_graphs = False  # its steps have to be taken at the parameters themselves
+            for other, versions in before.items():
+                if versions != _versions(variables[other]) and not levels[other].variables.sharded:
+                    raise GraphError(
+                        f"the loss of level {name!r}: expected one that changes no variables; found that it writes "
+                        f"into those of {other!r}. Leave that to the level's optimizer."
+                    )
             check_loss(graph, name, loss, accessed, variables)
             del loss  # and its graph, before the next one is made
 
@@ -82,6 +90,10 @@ def _depends(value: Tensor, parameters: Sequence[Tensor]) -> bool:
         return False
     found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return any(gradient is not None for gradient in found)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [t._version for t in tensors]
 
 
 def _check_outside(graph: Graph, name: str, accessed: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,16 @@ def tensors_in(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(tree, found.append)
     return found
+
+
+def are_equal_trees(one: Any, other: Any) -> bool:
+    """Return whether two trees are made alike, of equal tensors and of what is equal otherwise."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(are_equal_trees, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(are_equal_trees(value, other[key]) for key, value in one.items())
+    return bool(one == other)

@@ -47,7 +47,7 @@ _RESULTS = (*_NUMBERS, "seed", "recipe", "versions")
 _KINDS = ("loss", "accuracy")
 _COLORS = ("#1668b0", "#c9480a", "#157a5a", "#7b4aa8", "#a97a10", "#b02a5b", "#4a5560")
 # Longer series than this are drawn pale, under a running mean over one part in _NUM_PARTS of them.
-_SHORT = 60
+_SHORT = 120
 _NUM_PARTS = 40
 
 

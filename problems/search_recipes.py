@@ -126,7 +126,19 @@ class _SpaceRecipe(RecipePart):
     @model_validator(mode="after")
     def _check_space(self) -> _SpaceRecipe:
         self.space()
+        self._check_skips(set(self.primitives))
         return self
+
+    def _check_skips(self, primitives: set[str]) -> None:
+        if (
+            self.max_skips is not None
+            and self.max_skips < 2 * self.num_nodes
+            and primitives <= {"none", "skip_connect"}
+        ):
+            raise ValueError(
+                f"max_skips: expected at least {2 * self.num_nodes}, or null, where an edge may have skip_connect "
+                f"alone; found {self.max_skips}"
+            )
 
     def space(self) -> SearchSpace:
         """Make the declaration of the space."""
@@ -209,6 +221,8 @@ class PDARTSRecipe(_SpaceRecipe):
                 f"num_primitives: expected {len(self.primitives)}, all primitives, then fewer, at least 2; found "
                 f"{list(self.num_primitives)}"
             )
+        if self.num_primitives[-1] == 2 and {"none", "skip_connect"} <= set(self.primitives):
+            self._check_skips({"none", "skip_connect"})  # which may be the two
         if self.frozen_epochs > self.epochs:
             raise ValueError(f"frozen_epochs: expected at most epochs = {self.epochs}; found {self.frozen_epochs}")
         return self

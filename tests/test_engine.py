@@ -2,6 +2,7 @@
 
 import random
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -699,3 +700,17 @@ def test_a_query_of_a_later_top_level_is_what_its_next_step_uses():
     gradient, before = engine.hypergradient("c")["w"], modules["c"].w.detach().clone()
     engine.run(1, progress=False)
     torch.testing.assert_close((before - modules["c"].w.detach()) / 0.1, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_writes_into_variables_is_refused_before_the_first_step():
+    engine = three_levels()
+    problem = engine.graph["student"]
+
+    def writing(levels, batch):
+        next(levels.teacher.parameters()).detach().add_(1.0)
+        return problem.loss(levels, batch)
+
+    levels = [replace(p, loss=writing) if p is problem else p for p in engine.graph.levels]
+    engine = mlo.Engine(mlo.Graph(levels, engine.graph.edges), device="cpu")
+    with pytest.raises(mlo.GraphError, match=r"the loss of level 'student': .* it writes into those of 'teacher'"):
+        engine.run(1, progress=False)

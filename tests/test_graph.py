@@ -193,7 +193,7 @@ def test_hooks_on_the_step_that_come_later_are_refused_too():
     engine = mlo.Engine(mlo.Graph([a, b], [mlo.Edge("a", "b"), mlo.Edge("b", "a")]), device="cpu")
     engine.run(1, progress=False)
     sgd.register_step_pre_hook(lambda *_: None)
-    with pytest.raises(mlo.MloError, match="SGD: expected one of .* without hooks on its step"):
+    with pytest.raises(mlo.MloError, match=r"SGD: expected one of .* without hooks on its step"):
         engine.run(1, progress=False)
 
 

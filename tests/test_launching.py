@@ -1,6 +1,7 @@
 """Commands in several processes: the same run as in one, written once."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -9,8 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from mlo.launching import _without_launch
+import mlo
+from mlo.files import alone
+from mlo.launching import _without_launch, start_processes
 
 MLO = [sys.executable, "-m", "mlo"]
 SETTINGS = (
@@ -102,6 +107,40 @@ def test_a_mistake_is_said_once(tmp_path, output, settings, message):
     found = run(tmp_path / output, "--launch", "2", *settings)
     assert (found.returncode, found.stderr.count("Error: "), "Traceback" in found.stderr) == (2, 1, False), found.stderr
     assert message in found.stderr
+
+
+def test_processes_with_different_recipes_say_so(tmp_path):
+    words = " ".join(command(tmp_path / "run", "--set", "seed=$RANK"))
+    found = finished(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python",
+         "sh", "-c", f"exec {words}"]
+    )  # fmt: skip
+    assert found.returncode != 0
+    assert found.stderr.count("expected the same recipe in all processes; found another one in one of them") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="without file locks")
+def test_a_folder_in_use_is_said_once(tmp_path):
+    assert run(tmp_path / "run").returncode == 0
+    (tmp_path / "run" / "result.json").unlink()
+    with alone(tmp_path / "run" / "recipe.yaml", "in use"):
+        found = finished([*MLO, "resume", str(tmp_path / "run"), "--launch", "2", "--quiet"])
+    assert (found.returncode, found.stderr.count("Error: ")) == (2, 1), found.stderr
+    assert "expected no other process at work in this folder" in found.stderr
+
+
+@pytest.mark.parametrize(("status", "said"), [(1, False), (2, False), (143, False), (7, True)])
+def test_a_process_that_ends_by_itself_is_named(monkeypatch, status, said):
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=status, error_file="none")
+
+    def run(arguments):
+        raise ChildFailedError("mlo", {1: failure})
+
+    monkeypatch.setattr(torchrun, "run", run)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(mlo.MloError if said else SystemExit, match=f"with status {status}" if said else str(status)):
+        start_processes(2)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def export_network(network: EvaluationNetwork, path: str | os.PathLike[str]) -> 
     shape = original.shape
     tensors = {name: t for name, t in original.state_dict().items() if not name.startswith(_AUXILIARY)}
     with torch.device("meta"):
-        expected = replace(shape, auxiliary=False).build().state_dict()
+        expected = EvaluationNetwork(**vars(shape)).state_dict()
     for name in sorted(tensors.keys() | expected.keys()):
         found, wanted = (None if name not in own else tuple(own[name].shape) for own in (tensors, expected))
         if found != wanted:

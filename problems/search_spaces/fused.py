@@ -105,7 +105,7 @@ class FusedCell(SearchCell):
         self._plans = {joined: self._plan(joined) for joined in (False, True)} if self.fusable else {}
 
     def _replicate_for_data_parallel(self) -> FusedCell:
-        replica: FusedCell = super()._replicate_for_data_parallel()
+        replica: FusedCell = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.fusable = False  # what is known of the modules is known of those of the original
         replica._present, replica._held = [], []
         return replica

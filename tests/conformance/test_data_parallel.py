@@ -1,5 +1,7 @@
 """Two processes, each with half of every batch, are one process with the whole: every estimator, at any depth."""
 
+from itertools import chain
+
 import pytest
 import torch
 from torch import nn
@@ -162,6 +164,93 @@ def stopped(rank):
     return engine.rounds_done
 
 
+def with_generators(rank):
+    """An engine whose data each process draws by itself."""
+    torch.manual_seed(0)
+    module = nn.Linear(2, 2).double()
+    generator = torch.Generator().manual_seed(100 + rank)
+    data = torch.utils.data.DataLoader(
+        torch.arange(16.0, dtype=torch.float64).view(8, 2), batch_size=2, shuffle=True, generator=generator
+    )
+    seen = []
+
+    def loss(levels, batch):
+        seen.append(batch.sum().item())
+        return levels.w(batch).square().mean()
+
+    sgd = torch.optim.SGD(module.parameters(), lr=1e-3)
+    return mlo.Engine(mlo.Graph([mlo.Problem("w", module, loss, sgd, data)]), seed=0, device="cpu"), seen
+
+
+def resumed(rank, folder):
+    """The batches of a run, and of one that goes on from its checkpoint, in the middle of the second epoch."""
+    engine, seen = with_generators(rank)
+    engine.run(6, progress=False)
+    engine.save(f"{folder}/generators.pt")
+    engine.run(5, progress=False)
+    other, again = with_generators(rank)
+    other.load(f"{folder}/generators.pt")
+    other.run(5, progress=False)
+    weights = [flat([p.detach() for p in e.graph["w"].module.parameters()]) for e in (engine, other)]
+    return seen[-5:], again[-5:], torch.equal(*weights)
+
+
+def sampled():
+    """The batches of two epochs of a `DistributedSampler`."""
+    numbers = torch.arange(8.0).view(8, 1)
+    sampler = torch.utils.data.DistributedSampler(numbers, shuffle=True)
+    seen = []
+
+    def loss(levels, batch):
+        seen.append(batch.flatten().tolist())
+        return levels.w(batch).square().mean()
+
+    module = nn.Linear(1, 1)
+    data = torch.utils.data.DataLoader(numbers, batch_size=2, sampler=sampler)
+    problem = mlo.Problem("w", module, loss, torch.optim.SGD(module.parameters(), lr=1e-3), data)
+    engine = mlo.Engine(mlo.Graph([problem]), device="cpu")
+    engine.run(4, progress=False)
+    return seen[-4:]
+
+
+def buffers():
+    """Buffers of all kinds after a step."""
+    module = nn.Linear(2, 2)
+    rank = torch.distributed.get_rank()
+    module.register_buffer("mask", torch.tensor([torch.finfo(torch.float32).min, 0.1]))
+    module.register_buffer("fp16", torch.tensor([torch.finfo(torch.float16).max], dtype=torch.float16))
+    module.register_buffer("int16", torch.tensor([rank + 5], dtype=torch.int16))
+    module.register_buffer("of_one", torch.ones(1).expand(3))
+    module.register_buffer("of_complex", torch.tensor([1 + 2j * (1 - rank)]))
+    problem = mlo.Problem("w", module, lambda levels, x: levels.w(x).mean(), torch.optim.SGD(module.parameters(), 0.1),
+                          [torch.randn(4, 2)])  # fmt: skip
+    mlo.Engine(mlo.Graph([problem]), device="cpu").run(1, progress=False)
+    return dict(module.named_buffers())
+
+
+def unlike(rank):
+    """What each says when they have been started differently."""
+    texts = []
+    for start in (
+        lambda: build(CASES[0], rank, rollback=bool(rank)),
+        lambda: build(CASES[rank], 0),
+        lambda: build(CASES[0], rank).run(1 + rank, progress=False),
+    ):
+        try:
+            start()
+        except mlo.MloError as error:
+            texts.append(str(error).split(";")[0])
+    return texts
+
+
+def synchronized_twice():
+    norm = nn.BatchNorm1d(2)
+    module = mlo.synchronize_batch_norm(nn.Sequential(norm, nn.Tanh(), norm))
+    alone = mlo.synchronize_batch_norm(nn.BatchNorm1d(2), group=None)
+    alone(torch.full((4, 2), 10.0 * torch.distributed.get_rank()))
+    return module[0] is module[2] and type(module[0]) is not nn.BatchNorm1d, alone.running_mean.clone()
+
+
 def failed():
     """What each process raises when the first one fails, by a mistake in a program and by one of a user."""
 
@@ -197,6 +286,11 @@ def in_process(rank, folder):
         "failed": failed(),
         "normalized": normalized(rank),
         "thresholds": thresholds(rank),
+        "resumed": resumed(rank, folder),
+        "sampled": sampled(),
+        "buffers": buffers(),
+        "unlike": unlike(rank),
+        "synchronized twice": synchronized_twice(),
     }
 
 
@@ -262,6 +356,46 @@ def test_the_black_box_check_agrees(processes):
 
 def test_all_stop_when_one_is_asked_to(processes):
     assert [of_rank["stopped"] for of_rank in processes[1]] == [0, 0]
+
+
+def test_each_goes_on_with_data_of_its_own(processes):
+    folder, found = processes
+    for of_rank in found:
+        seen, again, same = of_rank["resumed"]
+        assert seen == again
+        assert same
+    assert found[0]["resumed"][0] != found[1]["resumed"][0]
+    with pytest.raises(mlo.MloError, match="expected 2 processes, each of which goes on with data of its own; found 1"):
+        with_generators(0)[0].load(folder / "generators.pt")
+
+
+def test_a_distributed_sampler_shuffles_anew_in_each_epoch(processes):
+    first, second = (of_rank["sampled"] for of_rank in processes[1])
+    for epoch in (slice(2), slice(2, 4)):
+        assert sorted(chain.from_iterable(first[epoch] + second[epoch])) == list(range(8))
+    assert first[:2] != first[2:]
+
+
+def test_buffers_that_do_not_move_stay_what_they_are(processes):
+    for of_rank in processes[1]:
+        found = of_rank["buffers"]
+        assert found["mask"].tolist() == torch.tensor([torch.finfo(torch.float32).min, 0.1]).tolist()
+        assert found["fp16"].tolist() == [torch.finfo(torch.float16).max]
+        assert (found["int16"].tolist(), found["of_one"].tolist()) == ([5], [1.0, 1.0, 1.0])
+        assert found["of_complex"].tolist() == [1 + 2j]
+
+
+def test_processes_that_were_started_differently_say_so(processes):
+    graph = "expected the same graph, seed and settings in all processes"
+    for of_rank in processes[1]:
+        assert of_rank["unlike"] == [graph, graph, "rounds: expected the same number in all processes"]
+
+
+def test_batch_normalization_is_synchronized_under_all_its_names_and_in_the_processes_named(processes):
+    for rank, of_rank in enumerate(processes[1]):
+        same, mean = of_rank["synchronized twice"]
+        assert same
+        assert mean.tolist() == pytest.approx([1.0 * rank] * 2)
 
 
 def test_all_hear_of_what_fails_in_the_first(processes):

@@ -551,3 +551,22 @@ def test_momentum_that_is_off_for_a_while_in_a_nest():
     engine = mlo.Engine(mlo.Graph(levels, engine.graph.edges), device="cpu")
     for level in engine.check(progress=False).levels:
         assert (level.verdict, level.error < 1e-8) == ("exact", True)
+
+
+def test_layer_normalization_in_a_nest():
+    """Whose third derivative in PyTorch is wrong by half here, and silently so."""
+    norm = nn.LayerNorm(2).double()
+    nn.init.uniform_(norm.weight)
+
+    def net(w):
+        return norm(torch.tanh(torch.linspace(-1, 1, 6, dtype=torch.float64).view(3, 2) + w))
+
+    losses = (
+        lambda levels, _: (net(levels.l0.a) - levels.l1.w - levels.l2.u).square().sum() + levels.l0.z.square().sum(),
+        lambda levels, _: (net(levels.l0.a) * levels.l2.u + levels.l1.w).square().sum(),
+        lambda levels, _: (net(levels.l0.a) - levels.l1.w - 1).square().sum(),
+    )
+    engine = nest((mlo.Unroll(),) * 3, losses, detached=(mlo.Edge("l2", "l0"), mlo.Edge("l0", "l2")))
+    checks = engine.check(progress=False).levels
+    assert [(check.verdict, check.error < 1e-8) for check in checks] == [("exact", True)] * len(checks)
+    assert all(value < 1e-12 for check in checks for value in check.asymmetries.values())

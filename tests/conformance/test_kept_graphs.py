@@ -174,7 +174,7 @@ def test_hooks_of_parameters_act_on_the_step():
 )
 def test_hooks_of_parameters_are_refused_where_steps_are_differentiated(estimator):
     """They would act on the step and not on its derivatives, which are taken at other tensors."""
-    with pytest.raises(mlo.MloError, match="level 'low': expected parameters without hooks.* found one on 0.weight"):
+    with pytest.raises(mlo.MloError, match=r"level 'low': expected parameters without hooks.* found one on 0\.weight"):
         hooked(estimator)[0].run(1, progress=False)
 
 

@@ -109,6 +109,10 @@ def test_any_relaxation_with_any_space(recipe, relaxation):
         ("space.num_primitives=[8,5,6]", "num_primitives: expected 8, all primitives, then fewer"),
         ("space.frozen_epochs=30", "frozen_epochs: expected at most epochs = 20; found 30"),
         ('space.primitives=["skip_conect","none"]', "did you mean 'skip_connect'"),
+        (
+            "space.num_primitives=[8,5,2]",
+            "max_skips: expected at least 8, or null, where an edge may have skip_connect",
+        ),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(override, message):

@@ -50,9 +50,9 @@ def test_autocast():
     assert [g.dtype for g in torch.autograd.grad(y.float().sum(), (x, w))] == [torch.float32] * 2
 
 
-@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9, 13])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(7, 6), (4, 9), (1, 2)])
+@pytest.mark.parametrize("size", [(7, 6), (4, 9), (1, 2), (2, 1)])
 def test_single_precision_by_columns(kernel, stride, size):
     x = torch.randn(3, 4, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
     w = torch.randn(4, 1, kernel, kernel, requires_grad=True)

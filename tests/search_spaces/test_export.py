@@ -63,6 +63,22 @@ def test_an_older_network_is_replaced(folder):
     assert {path.name for path in folder.iterdir()} == {"network.json", "network.safetensors"}
 
 
+def test_a_compiled_network_and_one_with_modules_in_common(tmp_path):
+    network = trained().eval()
+    network.cells[0].operations[4] = network.cells[0].operations[3]
+    images = torch.randn(2, 1, 16, 16)
+    for each in (network, torch.compile(network)):
+        assert torch.equal(load_network(export_network(each, tmp_path))(images).main, network(images).main)
+
+
+def test_a_network_that_was_changed_is_refused_before_anything_is_written(tmp_path):
+    network = trained()
+    network.classifier = torch.nn.Linear(network.classifier.in_features, 5)
+    with pytest.raises(MloError, match=r"found classifier\.bias of shape \(5,\) in the place of \(10,\)"):
+        export_network(network, tmp_path / "network")
+    assert not (tmp_path / "network").exists()
+
+
 @pytest.mark.parametrize("name", ["network.json", "network.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
@@ -111,6 +127,7 @@ def test_foreign_weights_are_refused(folder, weights, message):
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"genotype": {"normal": []}}, "a genotype has the fields normal, normal_concat"),
         ({"channels": 3}, "size mismatch for"),
+        ({"channels": 2**63 - 1}, "expected the description of an exported network"),
     ],
 )
 def test_a_foreign_description_is_refused(folder, changes, message):

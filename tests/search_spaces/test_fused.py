@@ -156,7 +156,30 @@ def _pruned(cell):
     conv.weight_orig.data.mul_(3)  # the weight is made of it when the convolution is called
 
 
+class Halved(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+Halved.__name__ = "Conv2d"  # the text of a cell that holds it is that of a plain one
+
+
+def _without_statistics(cell):
+    for part in cell.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean = part.running_var = None
+
+
+def _without_counts(cell):
+    for part in cell.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.num_batches_tracked = None
+
+
 CHANGES = {
+    "same name": _other("sep_conv_3x3", 1, lambda: Halved(4, 4, 3, padding=1, groups=4, bias=False).double()),
+    "no statistics": _without_statistics,
+    "no counts": _without_counts,
     "ReLU": _other("sep_conv_3x3", 0, lambda: nn.LeakyReLU(0.3)),
     "padding": _other("dil_conv_3x3", 1, lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False,
                                                            padding_mode="reflect").double()),
@@ -234,3 +257,38 @@ def test_nothing_is_dropped_in_evaluation_mode():
     plain, fast = pair(CellShape((4, 4), 4, False, False), (("none", "skip_connect"),) * 5, MixedOperation)
     inputs = *torch.randn(2, 2, 4, 4, 4).double(), torch.rand(5, 2).double(), None, [EdgeState(skip_dropout=0.5)] * 5
     torch.testing.assert_close(fast.eval()(*inputs), plain.eval()(*inputs))
+
+
+@pytest.mark.parametrize("num_grouped", [1, 4])
+@pytest.mark.parametrize("primitives", [("max_pool_3x3", "sep_conv_3x3"), ("skip_connect", "sep_conv_3x3")], ids=str)
+def test_auxiliary_skips_in_lower_precision(primitives, num_grouped, monkeypatch):
+    """Whose scale is a constant, beside statistics in single precision."""
+    monkeypatch.setattr(fused, "_CACHED", num_grouped * 4 * 4 * 8 * 8)
+    operation = partial(MixedOperation, auxiliary_skip=True)
+    shape, names = CellShape((4, 4), 4, True, False), (primitives,) * 5
+    plain, fast = (cell.float() for cell in pair(shape, names, operation))
+    inputs = *torch.randn(2, 4, 4, 8, 8), torch.rand(5, 2), None, [EdgeState(auxiliary_skip=0.5)] * 5
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = fast(*inputs).float(), plain(*inputs).float()
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_replicas_use_their_own_modules():
+    """As `nn.DataParallel` makes them."""
+    cell = FusedCell(CellShape((4, 4), 4, False, False), DARTS.normal).double()
+    replica = cell._replicate_for_data_parallel()
+    other = FusedCell(CellShape((4, 4), 4, False, False), DARTS.normal).double()
+    replica._modules = dict(other._modules)
+    inputs = *torch.randn(2, 2, 4, 6, 6).double(), torch.rand(14, 8).double()
+    torch.testing.assert_close(replica(*inputs), other(*inputs), rtol=1e-9, atol=1e-9)
+    assert all(int(part.num_batches_tracked) == 0 for part in cell.modules() if isinstance(part, nn.BatchNorm2d))
+
+
+def test_weights_that_do_not_fit_do_what_they_do_in_the_plain_cell():
+    plain, fast = pair(CellShape((4, 4), 4, False, False), DARTS.normal, MixedOperation)
+    inputs = torch.randn(2, 2, 4, 6, 6).double()
+    for cell in (plain, fast):
+        with pytest.raises(ValueError, match="zip"):
+            cell(*inputs, torch.rand(14, 9).double())
+    weights = torch.rand(14, 8).double(), torch.rand(14, 1).double()
+    torch.testing.assert_close(fast(*inputs, *weights), plain(*inputs, *weights))

@@ -30,6 +30,21 @@ def test_pruning_to_no_choice_is_refused(num):
         prune(Architecture(SPACE), num)
 
 
+def test_an_architecture_that_has_diverged_is_not_pruned():
+    architecture = Architecture(SPACE)
+    with torch.no_grad():
+        architecture.normal[0] = float("nan")
+    with pytest.raises(ValueError, match="an architecture that has diverged"):
+        prune(architecture, 2)
+
+
+@pytest.mark.parametrize("epochs", [25, 50, 100, 600])
+def test_every_epoch_has_its_own_dropout(epochs):
+    dropout = SkipDropout(0.3, epochs, frozen_epochs=0)
+    for epoch in range(epochs):
+        assert dropout(epoch / epochs) == pytest.approx(0.3 * math.exp(-0.2 * epoch))
+
+
 def test_the_dropout_of_identities_falls_linearly_then_exponentially():
     dropout = SkipDropout(0.4)
     assert dropout(0.0) == pytest.approx(0.4 * 24 / 25)
@@ -64,6 +79,15 @@ def test_at_most_so_many_skip_connections():
     none = discretize(weights, space, max_skips=0)
     assert none.normal == (("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 2), ("sep_conv_3x3", 1))
     assert none.reduce == discretize(weights, space).reduce
+
+
+def test_a_skip_connection_gives_way_to_lower_scores_than_zero():
+    space = SearchSpace.uniform(("skip_connect", "sep_conv_3x3"), num_nodes=1)
+    for scores in (torch.tensor([[-1.0, -2.0], [-1.0, -3.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])):
+        found = discretize(CellWeights(scores, scores), space, max_skips=0)
+        assert [name for name, _ in found.normal] == ["sep_conv_3x3"] * 2
+    with pytest.raises(ValueError, match="expected max_skips >= 0 or None, got -1"):
+        discretize(CellWeights(scores, scores), space, max_skips=-1)
 
 
 def test_a_space_of_skip_connections_only_cannot_do_without():
