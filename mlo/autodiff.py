@@ -84,9 +84,9 @@ class Level:
         object.__setattr__(self, "names", (self.name, *self.reads))
         call = self.module if self.compiled is None else self._call_compiled
         object.__setattr__(self, "view", LevelView(self.module, call))
+        object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
-        object.__setattr__(self, "buffers", Buffers(self.module))
-        self.look_over()
+        object.__setattr__(self, "buffers", Buffers(self.parts))
 
     def look_over(self) -> None:
         """Find the parts and the buffers that the module has now: some are put in, or registered, late."""

@@ -19,7 +19,7 @@ from mlo.hypergradients import FirstOrder, Penalty, Unroll
 from mlo.levels import Tensors
 from mlo.optimizers import has_update_rule
 from mlo.sharding import is_sharded
-from mlo.sweep import Context, Solve, Step, World, last_whole, restored, sweep
+from mlo.sweep import Context, Solve, Step, World, newest_first, sweep
 
 
 def check_interval(interval: int | None, graph: Graph) -> None:
@@ -96,8 +96,7 @@ def asymmetries(context: Context, solve: Solve) -> dict[str, Tensor]:
     for p in context.structure.inside[solve.level]:
         member, first_derivatives = solve.member(p), isinstance(context.estimators[p], (FirstOrder, Penalty))
         if context.structure.inside[p] and not first_derivatives and member is not None and member.steps:
-            begin = last_whole(member.steps, len(member.steps))
-            result[p] = _asymmetry(restored(member.steps[begin:])[-1])
+            result[p] = _asymmetry(next(newest_first(member.steps)))
     return result
 
 

@@ -143,7 +143,7 @@ def are_equal(number: int, group: Group) -> bool:
 
 def are_alike(value: Any, group: Group) -> bool:
     """Return whether the values of all processes read alike (by `repr`)."""
-    return are_equal(zlib.crc32(repr(value).encode()), group)
+    return group is None or are_equal(zlib.crc32(repr(value).encode()), group)
 
 
 def gathered(value: T, group: Group) -> list[T]:
@@ -185,11 +185,12 @@ def align(module: nn.Module, group: Group) -> None:
     source = torch.distributed.get_global_rank(group, 0)
     with _Together():
         for tensor in (*module.parameters(), *module.buffers()):
-            content = tensor.detach().reshape(-1).clone()  # contiguous; as bytes, for not every type can be sent
-            if content.numel():
-                torch.distributed.broadcast(content.view(torch.uint8), source, group)
-                if not torch.equal(content.view(torch.uint8), tensor.detach().reshape(-1).clone().view(torch.uint8)):
-                    tensor.copy_(content.view(tensor.shape))
+            if tensor.numel():
+                own = tensor.detach().reshape(-1).contiguous().view(torch.uint8)  # not every type can be sent
+                content = own.clone()
+                torch.distributed.broadcast(content, source, group)
+                if not torch.equal(content, own):  # one that is expanded cannot be written into
+                    tensor.copy_(content.view(tensor.dtype).view(tensor.shape))
 
 
 @torch.no_grad()

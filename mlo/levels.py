@@ -82,7 +82,8 @@ class Variables:
         Raises:
             MloError: one was replaced, frozen, unfrozen, added or taken away, or is in another module now.
         """
-        now = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        found = Variables(module)
+        now = dict(zip(found.names, found.parameters, strict=True))
         before = dict(zip(self.names, self.parameters, strict=True))
         changed = [name for name in {**before, **now} if before.get(name) is not now.get(name)]
         if changed:
@@ -90,8 +91,8 @@ class Variables:
                 f"level {level!r}: expected the trainable parameters that the engine was built with; found that "
                 f"{', '.join(changed)} changed. Make a new mlo.Engine after replacing, freezing or unfreezing them."
             )
-        slots = Variables(module)._slots
-        if [(id(container), *rest) for container, *rest in slots] != [(id(c), *rest) for c, *rest in self._slots]:
+        held, holding = ([(id(container), *rest) for container, *rest in v._slots] for v in (self, found))
+        if held != holding:
             raise MloError(
                 f"level {level!r}: expected the modules that the engine was built with; found that one that holds "
                 f"trainable parameters was replaced, added or taken away. Make a new mlo.Engine after that."
@@ -154,9 +155,9 @@ class Buffers:
         has_others: whether there are buffers besides those of batch normalization.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._reading: set[Any] = set()  # of batch normalizations, those that have been seen in evaluation mode
-        self.find(tuple(module.modules()))
+        self.find(parts)
 
     def find(self, parts: Sequence[nn.Module]) -> None:
         """Find the buffers that the parts of the module have now."""

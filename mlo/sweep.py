@@ -618,11 +618,7 @@ class Response:
 
     def backwards(self) -> Iterator[Step]:
         """Go through the recorded steps, newest first; what a record left out is recomputed, a segment at a time."""
-        end = len(self.steps)
-        while end:
-            begin = last_whole(self.steps, end)
-            yield from reversed(restored(self.steps[begin:end]))
-            end = begin
+        return newest_first(self.steps)
 
     def last_step(self) -> Step:
         """Return the last recorded step, reading the targets as they are now."""
@@ -728,9 +724,13 @@ def like_recorded(recorded: Gradient, gradient: Gradient, weights: Tensors) -> G
     )
 
 
-def last_whole(steps: Sequence[Step], end: int) -> int:
-    """Return the number of the last step before `end` that is not thin."""
-    return next(index for index in reversed(range(end)) if not steps[index].thin)
+def newest_first(steps: Sequence[Step]) -> Iterator[Step]:
+    """Go through the steps of one solve, the first of them not thin; recompute what thin ones left out."""
+    end = len(steps)
+    while end:
+        begin = next(index for index in reversed(range(end)) if not steps[index].thin)
+        yield from reversed(restored(steps[begin:end]))
+        end = begin
 
 
 def restored(steps: Sequence[Step]) -> list[Step]:

@@ -33,9 +33,6 @@ DARTS_PRIMITIVES = (
 """The primitives of DARTS, in the order of the columns of alpha."""
 
 
-_LEFT_OUT = float("-inf")
-
-
 class CellWeights(NamedTuple):
     """What an architecture gives a supernet: the weight of each primitive on each edge, by type of cell."""
 
@@ -187,6 +184,10 @@ def discretize(weights: CellWeights, space: SearchSpace = DARTS, *, max_skips: i
         reduce=tuple((choice.primitive, choice.source) for choice in _choose(rows["reduce"], space.reduce)),
         reduce_concat=concat,
     )
+
+
+_LEFT_OUT = float("-inf")
+"""The weight of a primitive that is out of the question."""
 
 
 class _Choice(NamedTuple):
