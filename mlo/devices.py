@@ -14,20 +14,18 @@ def check_device(name: str | torch.device) -> torch.device:
     """Return the torch device of a name.
 
     Raises:
-        MloError: there is no such kind of device, or none of it here.
+        MloError: there is no such kind of device, or none of it here; says what is expected, not what was found.
     """
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise MloError(
-            f"device: expected 'auto' or a torch device such as 'cpu' or 'cuda:0'; found {str(name)!r}"
-        ) from error
+        raise MloError("expected 'auto' or a torch device such as 'cpu' or 'cuda:0'") from error
     available = {
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not available.get(device.type, True):
-        raise MloError(f"device: expected one that torch can use here; found {str(name)!r}. Choose 'auto' or 'cpu'.")
+        raise MloError("expected a device that torch can use here, such as 'auto' or 'cpu'")
     return device
 
 
@@ -35,10 +33,13 @@ def find_device(device: str | torch.device, modules: Sequence[nn.Module]) -> tor
     """Return the named device, or for "auto" CUDA, else MPS (unless a module is in float64), else the CPU.
 
     Raises:
-        MloError: as `check_device`.
+        MloError: as `check_device`, with what was found.
     """
     if device != "auto":
-        return check_device(device)
+        try:
+            return check_device(device)
+        except MloError as error:
+            raise MloError(f"device: {error}; found {str(device)!r}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     doubles = any(p.dtype == torch.float64 for module in modules for p in module.parameters())

@@ -164,7 +164,7 @@ def test_check_exits_with_1_where_an_estimator_is_wrong(monkeypatch):
         (["run", "lbt/digits", "--set", "gamma"], "gamma"),
         (["check", "lbt/digits", "--level", "techer"], "Did you mean 'teacher'?"),
         (["check", "lbt/digits", "--level", "teacher"], "found none: its hypergradient is a plain gradient"),
-        (["run", "lbt/digits", "--device", "gpu"], "device: expected 'auto' or a torch device"),
+        (["run", "lbt/digits", "--device", "gpu"], "device: found \"gpu\", expected 'auto' or a torch device"),
         (["run", "lbt/digits", "--set", "batch_size=1"], "batch_size: found 1, expected"),
         (["run", "lbt/digits", "--set", "batch_size=5000"], "found batches of 5000 images and a part of"),
         (["run", "lbt/digits", "--set", "data.fractions=[0.5,0.5,0.5,0.5,0.5]"], "positive numbers that sum to 1"),
