@@ -493,7 +493,9 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
         )
     check_processes(recipe, whole_world() is not None)
     if recipe.compile:
-        raise InteropError("compile: expected false with the engine 'betty'; found " + repr(recipe.compile))
+        raise InteropError(
+            f"compile: expected false with the engine 'betty'; found {recipe.compile!r}. Leave compile out."
+        )
     check_betty(
         graph,
         device=recipe.device,
@@ -510,7 +512,10 @@ def check_processes(recipe: Recipe, several: bool) -> None:
         InteropError: it is asked for there.
     """
     if several and recipe.engine == "betty":
-        raise InteropError("engine: expected 'mlo' in a job of several processes; found 'betty'")
+        raise InteropError(
+            "engine: expected 'mlo' in a job of several processes; found 'betty'. Start a single process, without "
+            "--launch, or leave the engine out."
+        )
 
 
 def versions(engine: str = "mlo") -> dict[str, str]:

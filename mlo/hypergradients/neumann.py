@@ -88,7 +88,11 @@ class Neumann(Implicit):
     def _check_growth(self, solution: Solution, scale: float, response: Response) -> None:
         residual, growth = solution.figures["residual"], solution.figures["growth"]
         found = f"level {response.level!r}, Neumann: the terms of the series grow"
-        mend = "choose scale='auto'" if self.scale != "auto" else "take fewer terms, as H seems to have negative eigenvalues"
+        mend = (
+            "choose scale='auto'"
+            if self.scale != "auto"
+            else "take fewer terms, as H seems to have negative eigenvalues"
+        )
         if not residual < 1000:  # nan, too
             raise DivergenceError(
                 f"{found}, to {residual:.3g} times the first (scale {scale:.3g}). Lower the scale: {mend}."

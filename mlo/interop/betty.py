@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mlo.devices import find_device
+from mlo.distributed import whole_world
 from mlo.errors import InteropError, MloError
 from mlo.graph import Graph
 from mlo.interop.betty_translation import Options, Translation, translate
@@ -49,8 +50,19 @@ def check_betty(
         The graph in Betty's terms.
 
     Raises:
-        InteropError: names everything that cannot be expressed, with the mend; or says how to install Betty.
+        InteropError: names everything that cannot be expressed, with the mend; or says how to install Betty; or that
+            there are several processes.
+        MloError: something else than a graph, an unknown device or precision.
     """
+    if not isinstance(graph, Graph):
+        raise MloError(f"graph: expected an mlo.Graph; found {graph!r}")
+    if not isinstance(rollback, bool):
+        raise MloError(f"rollback: expected True or False; found {rollback!r}")
+    if whole_world() is not None:
+        raise InteropError(
+            "Betty's engine: expected a single process, as each would train by itself; found a job of several. Start "
+            "one process, or take mlo.Engine."
+        )
     if precision not in ("fp32", "bf16", "fp16"):
         raise MloError(f"precision: expected one of fp32, bf16, fp16; found {precision!r}")
     where = find_device(device, [p.module for p in graph.levels])

@@ -24,7 +24,7 @@ from mlo.autodiff import checked_output
 from mlo.errors import DivergenceError
 from mlo.graph import Graph
 from mlo.interop.betty_translation import Options, Translation, passes_first_order
-from mlo.levels import Levels, LevelView, Output, Sum
+from mlo.levels import Levels, LevelView, Output, Sum, Variables
 from mlo.problem import Problem
 from mlo.randomness import isolated, random_key, seed_generators, term_key
 from mlo.state import move_optimizer
@@ -55,7 +55,7 @@ class LevelProblem(betty.problems.ImplicitProblem):
         self._graph = graph
         self._seed = seed
         self._tally = tally
-        self._variables = [p for p in problem.module.parameters() if p.requires_grad]
+        self._variables = Variables(problem.module)
         self._views: Mapping[str, LevelView] = {}
         self._everyone: Mapping[str, Sequence[Tensor]] | None = None
         self._progress: Callable[[], float] = float
@@ -68,7 +68,19 @@ class LevelProblem(betty.problems.ImplicitProblem):
         readable = (self.name, *self._graph.reads(self.name))
         self._views = {name: LevelView(problems[name].module, problems[name]) for name in readable}
         self._progress = progress
-        self._everyone = {name: problem._variables for name, problem in problems.items()}
+        self._everyone = {name: problem._variables.parameters for name, problem in problems.items()}
+
+    def check_unchanged(self) -> None:
+        """Refuse a module whose trainable parameters are no longer those that the engine was built with."""
+        self._variables.check_unchanged(self.name, self._declared.module)
+
+    def set_gradients_aside(self) -> list[tuple[Tensor, Tensor]]:
+        """Take away what parameters have in `.grad`, to which Betty would add; return what was where."""
+        held = (p for group in self._declared.optimizer.param_groups for p in group["params"])
+        kept = [(p, p.grad) for p in (*self._variables.parameters, *held) if p.grad is not None]
+        for p, _ in kept:
+            p.grad = None
+        return kept
 
     # --- the loss and its batches -------------------------------------------------------------------------------------
 
@@ -109,11 +121,11 @@ class LevelProblem(betty.problems.ImplicitProblem):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the level's variables: a frozen parameter cannot be differentiated with respect to."""
-        return list(self._variables)
+        return list(self._variables.parameters)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the same: Betty's conjugate gradient takes these two for equal."""
-        return list(self._variables)
+        return list(self._variables.parameters)
 
     def add_paths(self, paths: Sequence[Sequence[LevelProblem]]) -> None:
         """Add the paths of the hypergradient, except for those through a level that counts as constant."""
@@ -200,15 +212,18 @@ class RoundEngine(betty.engine.Engine):
             The metrics of the last round, as `mlo.Engine.run`; empty if none was played.
 
         Raises:
-            MloError: something else than a callback.
+            MloError: something else than a callback, or a level whose trainable parameters have changed.
             GraphError: a loss does not read what its edges declare (found in its first step), or returns no number.
             DivergenceError: a loss is no longer finite.
         """
         check_callbacks(callbacks)
         metrics: dict[str, float] = {}
+        for problem in self.problems:
+            problem.check_unchanged()
         self.train()
         with ExitStack() as stack:
             stack.callback(self._go_on)
+            stack.enter_context(self._without_gradients())
             everyone = list(callbacks)
             if progress:
                 everyone.append(stack.enter_context(ProgressBar(title, self.rounds_done, self.total_rounds)))
@@ -224,6 +239,16 @@ class RoundEngine(betty.engine.Engine):
 
     def _go_on(self) -> None:
         self._stopping = False
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        """Begin without what earlier code left in `.grad`, and put that back."""
+        kept = [pair for problem in self.problems for pair in problem.set_gradients_aside()]
+        try:
+            yield
+        finally:
+            for p, gradient in kept:
+                p.grad = gradient
 
     def _play_round(self) -> dict[str, float]:
         started = time.perf_counter()

@@ -5,7 +5,7 @@ Read off the source of betty-ml 0.2.1. Called by `mlo.interop.betty` before anyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from mlo.hypergradients import SAMA, ConjugateGradient, FiniteDifference, FirstO
 from mlo.interop.betty_schedule import Dependencies, Schedule, find_dependencies, find_schedule
 from mlo.problem import Problem
 from mlo.sharding import is_sharded
+from mlo.streams import find_generators
 
 Settings = Mapping[str, str | int | float]
 """Arguments of a `betty.configs.Config`."""
@@ -93,14 +94,8 @@ def translate(graph: Graph, options: Options) -> Translation:
             "retain_graph": bool(dependencies.lowers[name]),  # its loss is gone back through once more for each path
         }
         obstacles += _of_level(problem, dependencies)
-        if name in warmups and warmups[name] is None:
-            obstacles.append(
-                Obstacle(
-                    f"level {name!r}, warmup_rounds",
-                    "Betty makes the level above wait by a level that nobody else waits for, and there is none",
-                    "Leave the warm-up out",
-                )
-            )
+        if name in warmups:
+            obstacles += _of_warmup(problem, dependencies, found=warmups[name] is not None)
         if any(name in graph.structure.inside[upper] for upper in graph.structure.names):
             obstacles += _of_response(problem)
             found, hindrances = _estimator(problem, middle=bool(dependencies.lowers[name]))
@@ -108,6 +103,7 @@ def translate(graph: Graph, options: Options) -> Translation:
             obstacles += (Obstacle(f"level {name!r}, {problem.hypergradient!r}", *pair) for pair in hindrances)
         settings[name] = own
     obstacles += _of_edges(dependencies)
+    obstacles += _of_data(graph)
     obstacles += _of_schedule(graph, schedule, dependencies)
     obstacles += _of_options(graph, dependencies, options)
     return Translation(dependencies, schedule, settings, tuple(obstacles))
@@ -157,6 +153,22 @@ def _of_response(problem: Problem) -> Iterator[Obstacle]:
         )
 
 
+def _of_warmup(problem: Problem, dependencies: Dependencies, *, found: bool) -> Iterator[Obstacle]:
+    where, above = f"level {problem.name!r}, warmup_rounds", dependencies.parents[problem.name]
+    if not found:
+        yield Obstacle(
+            where,
+            "Betty makes the level above wait by a level that nobody else waits for, and there is none",
+            "Leave the warm-up out",
+        )
+    if above:
+        yield Obstacle(
+            where,
+            f"in Betty the levels that read it ({_names(above)}) wait as long as it does",
+            "Leave the warm-up out",
+        )
+
+
 def _warmup(problem: Problem, dependencies: Dependencies, schedule: Schedule) -> tuple[str, int] | None:
     """Find a level whose `warmup_steps` make just this one wait, and how many; None if there is none."""
     sole = [c for c in dependencies.children[problem.name] if dependencies.parents[c] == (problem.name,)]
@@ -173,7 +185,11 @@ def _estimator(problem: Problem, *, middle: bool) -> _Found:
     translator = _TRANSLATORS.get(type(problem.hypergradient))
     if translator is None:
         return {}, [("Betty has no such estimator", _choose(problem))]
-    return translator(problem.hypergradient, problem, middle)
+    found, hindrances = translator(problem.hypergradient, problem, middle)
+    ascends = any(group.get("maximize") for group in problem.optimizer.param_groups)
+    if ascends and isinstance(problem.hypergradient, FiniteDifference | SAMA | Neumann):
+        hindrances.append(("Betty differentiates a step downhill", "Negate the loss, and leave maximize out"))
+    return found, hindrances
 
 
 def _finite_difference(estimator: Any, problem: Problem, middle: bool) -> _Found:  # noqa: ARG001
@@ -186,8 +202,11 @@ def _finite_difference(estimator: Any, problem: Problem, middle: bool) -> _Found
 
 def _sama(estimator: Any, problem: Problem, middle: bool) -> _Found:  # noqa: ARG001
     found = {"type": "sama", "sama_adam_alpha": estimator.radius}
-    if "rmsprop" in type(problem.optimizer).__name__.lower():
+    kind = type(problem.optimizer).__name__.lower()
+    if "rmsprop" in kind:
         return found, [("Betty's SAMA raises NotImplementedError with RMSprop", "Choose SGD or Adam")]
+    if "adam" in kind and not all("betas" in group for group in problem.optimizer.param_groups):
+        return found, [("Betty takes the optimizer for Adam by its name, and it has no betas", "Choose SGD or Adam")]
     return found, []
 
 
@@ -254,17 +273,37 @@ def _of_edges(dependencies: Dependencies) -> Iterator[Obstacle]:
         )
 
 
+def _of_data(graph: Graph) -> Iterator[Obstacle]:
+    owners: dict[int, str] = {}
+    for problem in graph.levels:
+        for generator in find_generators(problem.data):
+            first = owners.setdefault(id(generator), problem.name)
+            if first != problem.name:
+                yield Obstacle(
+                    f"data of levels {first!r} and {problem.name!r}",
+                    "both draw from one generator, and Betty begins to read them in another order",
+                    "Give each a torch.Generator of its own, or none",
+                )
+
+
 def _of_schedule(graph: Graph, schedule: Schedule, dependencies: Dependencies) -> Iterator[Obstacle]:
-    for name, asked in schedule.asked.items():
-        taken = schedule.taken[name]
-        if taken != asked:
-            yield Obstacle(
-                f"level {name!r}, steps={graph[name].steps}",
-                f"in a round Betty takes {taken} of its steps where the graph takes {asked}, as it steps a level once "
-                f"whenever all that it reads from below have taken theirs, and all that read nothing equally often",
-                "Give levels that read others steps=1, and those that read none equal steps",
-            )
+    children, inside = dependencies.children, graph.structure.inside
+    if any(problem.micro_batches > 1 and children[problem.name] for problem in graph.levels):
+        return  # which is refused, and upsets the schedule
     if schedule.taken != schedule.asked:
+        differing = "; ".join(
+            f"{schedule.taken[name]} of {name!r} where the graph takes {asked}"
+            for name, asked in schedule.asked.items()
+            if schedule.taken[name] != asked
+        )
+        beside = [n for n in schedule.asked if graph[n].steps > 1 and not set(children[n]) <= set(inside[n])]
+        lowest = [n for n in schedule.asked if not children[n]]
+        yield Obstacle(
+            f"steps of {_names(beside or lowest)}",
+            f"in a round Betty takes other numbers of steps, {differing}: it steps a level once whenever all that it "
+            f"reads from below have taken theirs, and all that read nothing equally often",
+            f"Set steps=1 of {_names(beside)}" if beside else f"Give {_names(lowest)} equal steps",
+        )
         return
     for source, target in (pair for pair in schedule.disordered if pair not in dependencies.lost):
         yield Obstacle(
@@ -285,8 +324,19 @@ def _of_options(graph: Graph, dependencies: Dependencies, options: Options) -> I
         yield Obstacle(
             f"diagnostics_every={options.diagnostics_every}", "Betty records no steps to compare with", "Leave it out"
         )
-    if not options.rollback:
-        return
+    if options.rollback:
+        yield from _of_rollback(graph, dependencies)
+
+
+def _of_rollback(graph: Graph, dependencies: Dependencies) -> Iterator[Obstacle]:
+    inside, names = graph.structure.inside, graph.structure.names
+    lowest = [name for name, children in dependencies.children.items() if not children]
+    if len(lowest) > 1:
+        yield Obstacle(
+            f"rollback with levels {_names(lowest)}",
+            "where several levels read nothing from below, Betty steps the level above before all of them have stepped",
+            "Set rollback=False",
+        )
     for problem in graph.levels:
         where = f"rollback, level {problem.name!r}"
         if dependencies.parents[problem.name] and problem.steps * problem.micro_batches > 1:
@@ -301,9 +351,28 @@ def _of_options(graph: Graph, dependencies: Dependencies, options: Options) -> I
                 "the first rollback of Betty undoes all of the warm-up",
                 "Leave the warm-up out, or set rollback=False",
             )
-        if any(graph.structure.inside[inner] for inner in graph.structure.inside[problem.name]):
+        above = [n for n in names[names.index(problem.name) + 1 :] if problem.name not in inside[n]]
+        together = {n for n in above if any({n, problem.name} <= set(i) for i in inside.values())}
+        for other in above:
+            if other not in together and other in dependencies.parents[problem.name]:
+                yield Obstacle(
+                    f"{where}, which {other!r} reads without being solved around it",
+                    f"Betty steps {other!r} before it puts {problem.name!r} back",
+                    "Set rollback=False",
+                )
+            if other in together and other in graph.reads(problem.name):
+                yield Obstacle(
+                    f"{where}, which reads {other!r} without being solved in it",
+                    f"Betty steps {problem.name!r} again before it puts {other!r} back",
+                    "Set rollback=False",
+                )
+        if any(inside[inner] for inner in inside[problem.name]):
             yield Obstacle(
                 f"{where}, with levels solved inside levels inside it",
                 "Betty rolls back once, after the highest level's step",
                 "Set rollback=False",
             )
+
+
+def _names(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, names))

@@ -46,6 +46,28 @@ def test_without_indirect_parts_both_engines_do_the_same(options):
     torch.testing.assert_close(weights(theirs), weights(ours), **TOLERANCE)
 
 
+def test_gradients_that_were_left_behind_count_for_nothing():
+    """Betty adds to what is in `.grad`, and its optimizers step frozen parameters that have something there."""
+    graphs = [networks(mlo.FirstOrder()) for _ in range(2)]
+    for graph in graphs:
+        teacher = graph["teacher"].module
+        list(teacher.parameters())[-1].requires_grad_(False)
+        for p in teacher.parameters():
+            p.grad = torch.ones_like(p)
+    mlo.Engine(graphs[0], device="cpu").run(2, progress=False)
+    betty_engine(graphs[1], rounds=2, device="cpu").run()
+    torch.testing.assert_close(weights(graphs[1]), weights(graphs[0]), **TOLERANCE)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in graphs[1]["teacher"].module.parameters())
+
+
+def test_parameters_frozen_after_the_engine_was_made_are_refused():
+    graph = bilevel(mlo.FirstOrder())
+    engine = betty_engine(graph, rounds=2, device="cpu")
+    graph["w"].module.w.requires_grad_(False)
+    with pytest.raises(mlo.MloError, match=r"level 'w': expected the trainable parameters .* Make a new mlo.Engine"):
+        engine.run()
+
+
 def test_rollback_does_the_same_without_dropout():
     ours, theirs = networks(mlo.FirstOrder(), dropout=False), networks(mlo.FirstOrder(), dropout=False)
     expected = mlo.Engine(ours, device="cpu", rollback=True).run(4, progress=False)

@@ -7,6 +7,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import mlo
 from mlo.errors import InteropError
@@ -84,7 +85,7 @@ def test_everything_that_cannot_be_is_named_at_once():
         "level 'teacher', micro_batches=2 with a scheduler",
         "level 'teacher', Unroll(last=None, checkpoint=False, graphs=1)",
         "level 'student', Unroll(last=None, checkpoint=False, graphs=1)",
-        "level 'teacher', steps=2",
+        "steps of 'student'",
         "precision 'bf16' on device 'cpu'",
         "diagnostics_every=5",
         "rollback, level 'teacher' with 2 steps of 2 micro-batches",
@@ -124,8 +125,8 @@ def test_optimizers():
 
 
 def test_micro_batches_of_levels_that_read_others():
-    graph = changed(networks(mlo.FirstOrder()), "gate", micro_batches=2)
-    assert any("level 'gate', micro_batches=2: Betty takes the steps of the levels below" in x for x in refused(graph))
+    (line,) = refused(changed(networks(mlo.FirstOrder()), "gate", micro_batches=2))
+    assert line.startswith("level 'gate', micro_batches=2: Betty takes the steps of the levels below")
 
 
 def test_warm_ups():
@@ -139,6 +140,12 @@ def test_warm_ups():
     nobody = mlo.Graph([changed(bilevel(mlo.FirstOrder()), "a", warmup_rounds=2)["a"]])
     (line,) = refused(nobody)
     assert line.startswith("level 'a', warmup_rounds: Betty makes the level above wait by a level that nobody else")
+    chain = mlo.Graph(
+        [*changed(bilevel(mlo.FirstOrder()), "a", warmup_rounds=2).levels, _reader("reader", "a")],
+        [mlo.Edge("a", "w"), mlo.Edge("w", "a"), mlo.Edge("a", "reader")],
+    )
+    (line,) = refused(chain)
+    assert line.startswith("level 'a', warmup_rounds: in Betty the levels that read it ('reader') wait as long")
     lines = refused(networks(mlo.FirstOrder(), warmup_rounds=2), rollback=True)
     assert [line.partition(":")[0] for line in lines] == ["rollback, level 'gate' with warmup_rounds=2"]
 
@@ -148,19 +155,85 @@ def test_rollbacks_of_nests():
     assert line.startswith("rollback, level 'l2', with levels solved inside levels inside it: Betty rolls back once")
 
 
+def _reader(name, source):
+    """A level that reads another one, and is read by none."""
+    module = vector(50)
+
+    def loss(levels, batch):
+        return (getattr(levels, name)() - getattr(levels, source)()).square().sum()
+
+    return mlo.Problem(name, module, loss, sgd(module), None)
+
+
+def test_rollbacks_of_levels_that_others_read():
+    """Betty puts back every level that is read from above, after the normal steps of all; here only those inside."""
+    pair = bilevel(mlo.FirstOrder())
+    edges = [mlo.Edge("a", "w"), mlo.Edge("w", "a")]
+    (line,) = refused(
+        mlo.Graph([*pair.levels, _reader("reader", "w")], [*edges, mlo.Edge("w", "reader")]), rollback=True
+    )
+    assert line.startswith(
+        "rollback, level 'w', which 'reader' reads without being solved around it: Betty steps 'reader' before it puts"
+    )
+    detached = mlo.Graph(pair.levels, [mlo.Edge("a", "w", detached=True), mlo.Edge("w", "a")])
+    (line,) = refused(detached, rollback=True)
+    assert line.startswith("rollback, level 'w', which 'a' reads without being solved around it")
+    (line,) = refused(siblings(), rollback=True)
+    assert line.startswith("rollback with levels 'one' and 'two': where several levels read nothing from below, Betty")
+    assert not translate(teaching(mlo.FirstOrder()), dataclasses.replace(CPU, rollback=True)).obstacles
+
+
+def test_rollback_of_a_level_that_reads_a_higher_one_beside_it():
+    modules = {name: vector(i) for i, name in enumerate(("low", "middle", "top"))}
+    reads = {"low": ["top", "middle"], "middle": ["low"], "top": ["low", "middle"]}
+
+    def problem(name):
+        def loss(levels, batch):
+            return sum((getattr(levels, n)() - getattr(levels, name)()).square().sum() for n in reads[name])
+
+        return mlo.Problem(name, modules[name], loss, sgd(modules[name]), None, hypergradient=mlo.FirstOrder())
+
+    edges = [mlo.Edge(s, t, detached=(s, t) == ("middle", "low")) for t, sources in reads.items() for s in sources]
+    (line,) = refused(mlo.Graph([problem(name) for name in reads], edges), rollback=True)
+    assert line.startswith(
+        "rollback, level 'low', which reads 'middle' without being solved in it: Betty steps 'low' ag"
+    )
+
+
+def test_optimizers_that_ascend():
+    def ascending(module):
+        return torch.optim.SGD(module.parameters(), lr=0.1, maximize=True)
+
+    for estimator in (mlo.FiniteDifference(), mlo.SAMA(), mlo.Neumann(scale=0.1)):
+        (line,) = refused(bilevel(estimator, optimizer=ascending))
+        assert line.endswith("Betty differentiates a step downhill. Negate the loss, and leave maximize out.")
+    for estimator in (mlo.FirstOrder(), mlo.ConjugateGradient()):
+        assert not translate(bilevel(estimator, optimizer=ascending), CPU).obstacles
+
+
+def test_data_that_draws_from_one_generator():
+    generator = torch.Generator()
+    data = [DataLoader([torch.zeros(1)], shuffle=True, generator=generator) for _ in range(2)]
+    graph = changed(changed(bilevel(mlo.FirstOrder()), "w", data=data[0]), "a", data=data[1])
+    (line,) = refused(graph)
+    assert line.startswith("data of levels 'w' and 'a': both draw from one generator, and Betty begins")
+
+
 @pytest.mark.parametrize(
-    ("graph", "levels"),
+    ("graph", "line"),
     [
-        (lambda: teaching(mlo.FiniteDifference(), student_steps=2), ["t", "s"]),
-        (lambda: siblings(steps=(2, 3)), ["one", "two"]),
+        (
+            lambda: teaching(mlo.FiniteDifference(), student_steps=2),
+            "steps of 's': in a round Betty takes other numbers of steps, 2 of 't' where the graph takes 1",
+        ),
+        (lambda: siblings(steps=(2, 3)), "steps of 'one' and 'two': in a round Betty takes other numbers of steps, "),
     ],
     ids=["teaching", "siblings"],
 )
-def test_steps_that_betty_would_take_otherwise(graph, levels):
-    lines = refused(graph())
-    assert lines
-    assert {line.split("'")[1] for line in lines} <= set(levels)
-    assert all("in a round Betty takes" in line and "Give levels that read others steps=1" in line for line in lines)
+def test_steps_that_betty_would_take_otherwise(graph, line):
+    (found,) = refused(graph())
+    assert found.startswith(line)
+    assert found.endswith(("Set steps=1 of 's'.", "Give 'one' and 'two' equal steps."))
 
 
 def test_responses_to_higher_levels_inside_the_same_one():
@@ -215,6 +288,25 @@ def test_a_missing_betty_is_said_with_the_command_that_installs_it(monkeypatch):
     with pytest.raises(InteropError, match="found no module betty") as caught:
         betty_engine(bilevel(mlo.FirstOrder()), rounds=1, device="cpu")
     assert "pip install --no-deps --ignore-requires-python betty-ml==0.2.1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("graph", "options", "message"),
+    [
+        ([], {}, "graph: expected an mlo.Graph"),
+        (bilevel(mlo.FirstOrder()), {"rollback": "no"}, "rollback: expected True or False; found 'no'"),
+    ],
+    ids=["graph", "rollback"],
+)
+def test_arguments_are_checked_as_the_engine_does(graph, options, message):
+    with pytest.raises(mlo.MloError, match=message):
+        check_betty(graph, device="cpu", **options)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("mlo.interop.betty.whole_world", object)
+    with pytest.raises(InteropError, match="Betty's engine: expected a single process"):
+        betty_engine(bilevel(mlo.FirstOrder()), rounds=1, device="cpu")
 
 
 def test_an_unknown_precision():
