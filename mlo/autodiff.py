@@ -23,7 +23,7 @@ from mlo.errors import GraphError, MloError
 from mlo.levels import Buffers, Copies, Levels, LevelView, Output, Sum, Tensors, Undo, Variables
 from mlo.normalization import LayerNormInSteps
 from mlo.randomness import seed_generators, term_key, were_drawn_from
-from mlo.sharding import ShardedVariables, find_variables
+from mlo.sharding import ShardedVariables, ShardedView, find_variables
 
 _AS_IS = nullcontext()
 _RECOMPUTES = "hooks on saved tensors in a nest"
@@ -83,15 +83,19 @@ class Level:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", (self.name, *self.reads))
         call = self.module if self.compiled is None else self._call_compiled
-        object.__setattr__(self, "view", LevelView(self.module, call))
         object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
+        object.__setattr__(self, "view", self.viewed(call))
         object.__setattr__(self, "buffers", Buffers(self.parts))
 
     def look_over(self) -> None:
         """Find the parts and the buffers that the module has now: some are put in, or registered, late."""
         object.__setattr__(self, "parts", tuple(self.module.modules()))
         self.buffers.find(self.parts)
+
+    def viewed(self, call: Callable[..., Any]) -> LevelView:
+        """Return the level as losses see it, where a call of it is to be one of `call`."""
+        return (ShardedView if self.variables.sharded else LevelView)(self.module, call)
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.buffers.look()
@@ -199,18 +203,16 @@ class LossCall:
         def view(name: str) -> LevelView:
             level = self.levels[name]
             if name != self.level and replay is not None:
-                return LevelView(level.module, replay.player(name, level.module, used))
+                return level.viewed(replay.player(name, level.module, used))
             if name != self.level and record is not None:
-                return LevelView(level.module, record.recorder(name, level.parts))
+                return level.viewed(record.recorder(name, level.parts))
             as_it_is = double_backward or accessed is not None
-            return LevelView(level.module, level.module) if as_it_is else level.view
+            return level.viewed(level.module) if as_it_is else level.view
 
         views = {name: view(name) for name in own.names}
         terms = own.terms if self.objective is None else (self.objective,)
         results = []
-        casting = (
-            torch.autocast(backend.device.type, backend.autocast, enabled=autocast) if backend.autocast else _AS_IS
-        )
+        casting = _casting(backend, enabled=autocast) if backend.autocast else _AS_IS
         attention = sdpa_kernel(SDPBackend.MATH) if double_backward else _AS_IS
         norms = LayerNormInSteps() if double_backward and own.nested else _AS_IS
         with _AS_IS if torch.is_grad_enabled() else torch.enable_grad(), casting, attention, norms:
@@ -224,7 +226,7 @@ class LossCall:
                     if calls is not None:
                         calls.term = index
                 key = term_key(self.key, rank, index)
-                seed_generators(key, backend.device)
+                seed_generators(key, backend.device, alike=term_key(self.key, 0, index))
                 levels = Levels(self.level, views, self.progress)
                 before = self._versions() if index + 1 < len(terms) else None
                 results.append(checked_output(self.level, term(levels, self.batch)))
@@ -271,7 +273,7 @@ class LossCall:
             tensors = self.constants.get(name, values.get(name, self.levels[name].variables.tensors))
             attached = create_graph and name in own.attached and name in values
             bound[name] = tensors if attached else tuple(t.detach() for t in tensors)
-        views = {name: LevelView(self.levels[name].module, self.levels[name].module) for name in own.reads}
+        views = {name: self.levels[name].viewed(self.levels[name].module) for name in own.reads}
         levels = Levels(self.level, views, self.progress, what="hyperparameters")
         with Undo() as undo, torch.set_grad_enabled(create_graph):
             self.put_in_force(bound, undo)
@@ -355,7 +357,7 @@ class LossCall:
                     inputs[name] = variables.parameters
                 elif name in wrt:
                     inputs[name] = bound[name] = tuple(t.detach().requires_grad_() for t in variables.tensors)
-                elif name not in follows:
+                elif name not in follows or in_place:
                     bound[name] = variables.detached()
             elif name in wrt or name == self.level:
                 variables.refuse_hooks(name)
@@ -372,7 +374,7 @@ class LossCall:
                 live = self.levels[name].variables.parameters if name in wrt or name in follows else ()
                 used = bound.get(name, live)
                 if any(t.requires_grad for t in used):
-                    bound[name] = replicate(used, group)
+                    bound[name] = replicate(used, group, f"{self.level}'s loss, variables of {name}")
         return inputs, bound
 
     def _gradients(
@@ -486,7 +488,7 @@ class LossCall:
         names = [name for name in of if not self.levels[name].variables.sharded]
         parameters = [p for name in names for p in self.levels[name].variables.parameters]
         gradients = [g for name in names for g in of[name]]
-        found = average([loss, *gradients], [loss, *parameters], self.backend.group)
+        found = average([loss, *gradients], [loss, *parameters], self.backend.group, f"{self.level}'s loss in place")
         assert found[0] is not None
         return found[0], {**of, **split(found[1:], {name: len(of[name]) for name in names})}
 
@@ -584,16 +586,29 @@ def check_twice_differentiable(gradient: Gradient) -> None:
     Raises:
         RuntimeError: there is such an operation.
     """
-    waiting = [g.grad_fn for g in gradient if g is not None and g.grad_fn is not None]
+    for node in nodes_of(gradient):
+        if node.name().rpartition("::")[2] == "Error":
+            raise RuntimeError("an operation has one derivative fewer than needed; once_differentiable marks such ones")
+
+
+def nodes_of(tensors: Sequence[Tensor | None]) -> Iterator[Any]:
+    """Give the operations that tensors were made by, and those that their arguments were made by."""
+    waiting: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if node.name().rpartition("::")[2] == "Error":
-            raise RuntimeError("an operation has one derivative fewer than needed; once_differentiable marks such ones")
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
+
+
+@contextmanager
+def _casting(backend: Backend, *, enabled: bool) -> Iterator[None]:
+    with torch.autocast(backend.device.type, backend.autocast, enabled=enabled):
+        yield
+    torch.clear_autocast_cache()  # which only the end of the caller's own autocast would do, if there is one
 
 
 def _option(level: str, name: str, value: Any) -> Tensor:

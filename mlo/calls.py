@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlo.distributed import Group, are_equal
+from mlo.distributed import Group, agreed, are_equal
 from mlo.randomness import GeneratorStates, generator_states, set_generator_states
 from mlo.trees import map_tensors, tensors_in
 
@@ -106,7 +106,17 @@ class Calls:
         self._device = device
         self._habits = habits
         self._group = group
+        self._settled = group is None
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
+
+    def settle(self) -> None:
+        """Keep no call at all where one of several processes keeps none, so that all go the same way back.
+
+        They call it together, before kept calls are used.
+        """
+        if not self._settled and agreed(int(not self.calls), self._group):
+            self.forget()
+        self._settled = True
 
     @property
     def leaves(self) -> list[Tensor]:

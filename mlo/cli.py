@@ -11,7 +11,9 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,13 @@ from mlo.campaign import (
 )
 from mlo.comparison import find_runs, published, write_comparison
 from mlo.devices import find_device
-from mlo.distributed import from_first, whole_world
+from mlo.distributed import from_first, rank_of, whole_world
 from mlo.drawing import describe_graph, draw_graph
 from mlo.engine import Engine
 from mlo.errors import InteropError, MloError, RecipeError
 from mlo.files import alone
 from mlo.graph import Graph
-from mlo.launching import joined, start_processes
+from mlo.launching import is_launched, joined, start_processes
 from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
 from mlo.runs import Experiment, Interrupted, Run, check_engine, check_processes, recipe_name, resume
 from mlo.version import __version__
@@ -51,7 +53,7 @@ class _Commands(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            with joined():
+            with joined(), _warnings_told_once():
                 return super().invoke(context)
         except MloError as error:
             raise _Mistake(str(error)) from error
@@ -63,19 +65,39 @@ class _Commands(click.Group):
             raise _Mistake(f"{error.strerror}; make room, and go on with mlo resume") from error
 
 
+@contextmanager
+def _warnings_told_once() -> Iterator[None]:
+    """Show what is warned of without a place in the source, and in the first of several processes alone."""
+    before = warnings.formatwarning
+    with warnings.catch_warnings():
+        if rank_of(whole_world()):
+            warnings.simplefilter("ignore")
+        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+        try:
+            yield
+        finally:
+            warnings.formatwarning = before
+
+
 class _Mistake(click.ClickException):
     exit_code = 2
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlo")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Multi-level optimization on PyTorch: run recipes, resume runs, look at graphs.
 
     \b
     Example:
         mlo run lbt/digits --set levels.teacher.hypergradient.kind=finite_difference
     """  # noqa: D301 - click's marker
+    if is_launched() and context.invoked_subcommand not in ("run", "resume", "evaluate"):
+        raise MloError(
+            f"mlo {context.invoked_subcommand}: expected a single process; found one of several. Start it without "
+            f"torchrun."
+        )
 
 
 @main.command("list")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -27,6 +28,19 @@ def check_device(name: str | torch.device) -> torch.device:
     if not available.get(device.type, True):
         raise MloError("expected a device that torch can use here, such as 'auto' or 'cpu'")
     return device
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute as if the caller had not turned `torch.autocast` on for the device.
+
+    Its casts of weights are kept until its end, however often the weights have been written into since.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def find_device(device: str | torch.device, modules: Sequence[nn.Module]) -> torch.device:

@@ -44,19 +44,20 @@ def rank_of(group: Group) -> int:
     return 0 if group is None else torch.distributed.get_rank(group)
 
 
-def replicate(tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+def replicate(tensors: Sequence[Tensor], group: Group, what: str = "") -> tuple[Tensor, ...]:
     """Return variables as this process uses them, to be differentiated any number of times.
 
     Args:
         tensors: the same in all processes.
         group: the processes; they differentiate together.
+        what: as for `average`.
     """
-    return tuple(_Replicate.apply(group, *tensors)) if tensors else ()
+    return tuple(_Replicate.apply(group, what, *tensors)) if tensors else ()
 
 
 def mean_everywhere(tensor: Tensor, group: Group) -> Tensor:
     """Return the mean of a local value over the processes, to each of them; the map is its own transpose."""
-    (mean,) = replicate(_Mean.apply(group, (tensor,), tensor), group)
+    (mean,) = replicate(_Mean.apply(group, "", (tensor,), tensor), group)
     return mean
 
 
@@ -64,45 +65,57 @@ class _Replicate(torch.autograd.Function):
     """The identity; its pullback is the mean."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, *tensors: Tensor | None) -> Any:
-        ctx.group = group
+    def forward(ctx: Any, group: Group, what: str, *tensors: Tensor | None) -> Any:
+        ctx.group, ctx.what = group, what
         ctx.like = tensors
         ctx.set_materialize_grads(False)
         return tuple(None if t is None else t.view_as(t) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        return None, *_Mean.apply(ctx.group, ctx.like, *cotangents)
+        return None, None, *_Mean.apply(ctx.group, ctx.what, ctx.like, *cotangents)
 
 
 class _Mean(torch.autograd.Function):
     """The mean over the processes; its pullback is the identity."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, like: Sequence[Tensor | None], *tensors: Tensor | None) -> Any:
-        ctx.group = group
+    def forward(ctx: Any, group: Group, what: str, like: Sequence[Tensor | None], *tensors: Tensor | None) -> Any:
+        ctx.group, ctx.what = group, what
         ctx.present = [t is not None for t in tensors]
         ctx.set_materialize_grads(False)
         given = [(t, shape) for t, shape in zip(tensors, like, strict=True) if shape is not None]
-        found = iter(average([t for t, _ in given], [shape for _, shape in given], group))
+        found = iter(average([t for t, _ in given], [shape for _, shape in given], group, what))
         return tuple(None if shape is None else next(found) for shape in like)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         wanted = [c if present else None for c, present in zip(cotangents, ctx.present, strict=True)]
-        return None, None, *_Replicate.apply(ctx.group, *wanted)
+        return None, None, None, *_Replicate.apply(ctx.group, ctx.what, *wanted)
 
 
-def average(tensors: Sequence[Tensor | None], likes: Sequence[Tensor], group: Group) -> tuple[Tensor | None, ...]:
+def average(
+    tensors: Sequence[Tensor | None], likes: Sequence[Tensor], group: Group, what: str = ""
+) -> tuple[Tensor | None, ...]:
     """Return the means over all processes of the group, which call it together; no derivatives.
 
     Args:
         tensors: None where a process has none; it counts as zero, and stays None where no process has one.
         likes: of the same shapes and types as the tensors.
         group: the processes.
+        what: the gradient that it is, compared over the processes first; not compared where it is empty.
+
+    Raises:
+        MloError: the processes average different gradients.
     """
     if not tensors:
         return ()
+    if what and not are_alike(what, group):
+        raise MloError(
+            f"several processes: expected all of them to differentiate a loss by the same levels; found one at "
+            f"{what!r} that another is not at. Let the loss depend on the same levels in all of them, whatever their "
+            f"batches: where one has nothing to add, let it add 0 * levels.NAME(x).sum()."
+        )
     given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
     shapes = [_as_real(like) for like in likes]
     parts = [torch.zeros_like(like) if t is None else _as_real(t) for t, like in zip(tensors, shapes, strict=True)]
@@ -179,13 +192,13 @@ def mean_metrics(metrics: dict[str, float], group: Group, device: torch.device) 
 
 @torch.no_grad()
 def align(module: nn.Module, group: Group) -> None:
-    """Give all processes the parameters and buffers of the first."""
+    """Give all processes the parameters and buffers of the first; what is sharded stays as it is."""
     if group is None:
         return
     source = torch.distributed.get_global_rank(group, 0)
     with _Together():
         for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.numel():
+            if tensor.numel() and not hasattr(tensor, "device_mesh"):  # a DTensor
                 own = tensor.detach().reshape(-1).contiguous().view(torch.uint8)  # not every type can be sent
                 content = own.clone()
                 torch.distributed.broadcast(content, source, group)

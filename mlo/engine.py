@@ -40,7 +40,7 @@ from mlo.calls import Calls
 from mlo.checking import Check, LevelCheck, Settings, check_level, checkable
 from mlo.checkpoint import read_checkpoint, write_checkpoint
 from mlo.compilation import compiled
-from mlo.devices import find_device
+from mlo.devices import find_device, without_autocast
 from mlo.diagnostics import asymmetries, check_interval, diagnose
 from mlo.distributed import (
     Group,
@@ -148,8 +148,7 @@ class Engine:
             )
         for problem in graph.levels:
             problem.module.to(self._backend.device)
-            if not is_sharded(problem.module):
-                align(problem.module, group)
+            align(problem.module, group)
             move_optimizer(problem.optimizer, self._backend.device)
         calls = self._compiled(compile)
         inside = graph.structure.inside
@@ -457,6 +456,12 @@ class Engine:
             self._drop_records()
         if state.scale.admits(found.of[name]):
             state.take_step(found.of[name], step.graphs[0].copies if step is not None and step.graphs else None)
+        elif state.scale.is_exhausted:
+            raise DivergenceError(
+                f"round {self.rounds_done + 1}, level {name!r}: expected a finite gradient at some scale of the loss "
+                f"(fp16); found none down to a scale of {state.scale.value:.1e}, and no step was taken with any. Lower "
+                f"the learning rate of a level that it reads, or choose precision='bf16' or 'fp32'."
+            )
         else:
             step = None
         if self._rollback and inside:
@@ -660,12 +665,15 @@ class Engine:
         note(name, "loss", found.loss)
         for metric, value in found.metrics.items():
             note(name, metric, value)
-        note(name, "learning_rate", self.graph[name].optimizer.param_groups[0].get("lr", math.nan))
+        rate = self.graph[name].optimizer.param_groups[0].get("lr", math.nan)
+        note(name, "learning_rate", rate.clone() if isinstance(rate, Tensor) else rate)  # a scheduler writes into it
         for level, metric, value in self._journal.figures:
             note(level, metric, value.detach() if isinstance(value, Tensor) else value)
         self._journal.figures.clear()
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
+        if self._backend.autocast == torch.float16:
+            return  # a step whose gradient is not finite is not taken, and its loss need not be finite either
         for name in self.graph.structure.names:
             loss = metrics.get(f"{name}.loss", 0.0)
             if not math.isfinite(loss):
@@ -680,6 +688,7 @@ class Engine:
         for name, level in self._levels.items():
             if not is_sharded(level.module):  # those are laid out anew by FSDP
                 level.variables.check_unchanged(name, level.module)
+            level.variables.reshard()
             level.look_over()
         if not self._traced:
             with self._at_work():
@@ -690,6 +699,7 @@ class Engine:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Whatever the caller's grad mode, compute with gradients; give the caller's generators back unchanged."""
-        with torch.inference_mode(False), torch.enable_grad(), isolated(self._backend.device):
+        """Whatever modes the caller is in, compute with gradients; give the caller's generators back unchanged."""
+        device = self._backend.device
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast(device), isolated(device):
             yield

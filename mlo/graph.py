@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import combinations
@@ -147,6 +148,26 @@ class Graph:
                 )
             seen.add((edge.source, edge.target))
 
+    def _check_types(self, problem: Problem) -> None:
+        types = {name: p.dtype for name, p in problem.module.named_parameters() if p.requires_grad}
+        for name, dtype in types.items():
+            if dtype.is_complex:
+                raise GraphError(
+                    f"level {problem.name!r}: expected real parameters; found {name}, of {dtype}. Keep the real and "
+                    f"imaginary parts, and let the module take torch.view_as_complex of them."
+                )
+        estimator = problem.hypergradient
+        differs = not estimator.needs_second_derivatives and estimator.recorded_steps != 0
+        coarse = sorted({str(dtype) for dtype in types.values() if dtype in (torch.bfloat16, torch.float16)})
+        if differs and coarse and any(problem.name in inner for inner in self.structure.inside.values()):
+            warnings.warn(
+                f"level {problem.name!r}, {type(estimator).__name__}: expected parameters in torch.float32 or wider, "
+                f"as it takes differences of small moves of them; found {', '.join(coarse)}, in which such moves are "
+                f"mostly rounded away. Keep them in float32 and choose precision='bf16' or 'fp16'.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     def _check_influence(self) -> None:
         names = [problem.name for problem in self.levels]
         successors = {name: [edge.target for edge in self.edges if edge.source == name] for name in names}
@@ -162,6 +183,7 @@ class Graph:
     def _check_parameters(self) -> None:
         for problem in self.levels:
             check_shards(problem.name, problem.module)
+            self._check_types(problem)
         owned = {p.name: {id(w): n for n, w in p.module.named_parameters() if w.requires_grad} for p in self.levels}
         for name, own in owned.items():
             if not own:

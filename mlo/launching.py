@@ -31,8 +31,20 @@ if torch.distributed.is_available():  # not in every build of PyTorch
 
 
 def is_launched() -> bool:
-    """Return whether `torchrun` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+    """Return whether `torchrun`, or what sets the same variables, started this process as one of several.
+
+    Raises:
+        MloError: only some of the variables are set.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not {"RANK", "LOCAL_RANK"} & os.environ.keys():
+        return False
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise MloError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected the variables that torchrun sets; found no "
+            f"{' and no '.join(missing)}. Start the processes with torchrun, or set them all."
+        )
+    return True
 
 
 def start_processes(num_processes: int | None) -> None:

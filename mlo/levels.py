@@ -121,6 +121,9 @@ class Variables:
         """Return the variables without gradient; they share memory with the parameters."""
         return tuple(t.detach() for t in self.tensors)
 
+    def reshard(self) -> None:
+        """Let the module hold these parameters, which are always there."""
+
     def like_parameter(self, index: int, tensor: Tensor) -> Tensor:  # noqa: ARG002
         """Return a tensor of the shape of a variable in the form that the parameter has."""
         return tensor

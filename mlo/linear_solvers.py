@@ -59,7 +59,7 @@ def conjugate_gradient(
         x, and the figures residual (norm(b - (H + damping I) x) / norm(b), as the recursion has it), iterations, and
         negative_curvature (1 if a direction of none or negative curvature ended it, else 0).
     """
-    length = float(torch.linalg.vector_norm(b))
+    length = float(torch.linalg.vector_norm(b, dtype=None if b.is_mps else torch.float64))  # of 1e-30, too
     if length == 0:
         return Solution(torch.zeros_like(b), {"residual": 0.0, "iterations": 0, "negative_curvature": 0})
 

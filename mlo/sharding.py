@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mlo.distributed import Group
 from mlo.errors import GraphError
-from mlo.levels import Tensors, Undo, Variables
+from mlo.levels import LevelView, Tensors, Undo, Variables
 from mlo.trees import map_tensors
 
 
@@ -32,7 +32,7 @@ class ShardedVariables(Variables):
 
     def __init__(self, module: nn.Module) -> None:
         self._parts = _fsdp_modules(module)
-        self._gather_anew()
+        self.reshard()
         super().__init__(module)
         self.group = _mesh(self.parameters[0]).get_group()
 
@@ -50,12 +50,12 @@ class ShardedVariables(Variables):
         def put_back() -> None:
             if moved:
                 _write(shards, kept)
-            self._gather_anew()
+            self.reshard()
 
         undo.callback(put_back)
         if moved:
             _write(shards, tensors)
-        self._gather_anew()
+        self.reshard()
 
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor | None]]:
@@ -80,9 +80,31 @@ class ShardedVariables(Variables):
             tensor, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
         )
 
-    def _gather_anew(self) -> None:
+    def reshard(self) -> None:
+        """Let the module hold shards: where it was called outside of the engine, it may hold whole parameters."""
         for part in self._parts:
             part.reshard()
+
+
+class ShardedView(LevelView):
+    """A sharded level, or a part of its module, as a loss sees it: to be called, its parameters are not at hand."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return self._checked(super().__getattr__(name), f".{name}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._checked(super().__getitem__(key), f"[{key!r}]")
+
+    @staticmethod
+    def _checked(value: Any, read: str) -> Any:
+        if isinstance(value, nn.Parameter) or read in (".parameters", ".named_parameters"):
+            raise GraphError(
+                f"a loss reads {read} of a level that is sharded by fully_shard; expected it to call the module, as "
+                f"FSDP gathers parameters, and their gradients, in calls alone. Compute what is needed in its forward."
+            )
+        return ShardedView(value, value) if isinstance(value, nn.Module) else value
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -44,6 +44,11 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
         return finite
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it has been halved so often that what overflows is not for want of a smaller one."""
+        return self.value < 2.0**-24
+
 
 class LevelState:
     """A level at work: the user's module, optimizer and scheduler, the data stream, and the counters.
@@ -153,6 +158,7 @@ class LevelState:
 
     def snapshot(self) -> Callable[[], None]:
         """Copy everything that a step changes (the stream apart); return a function that puts it back bit for bit."""
+        self.level.variables.reshard()
         tensors = list(self.problem.module.parameters())
         copies = [t.detach().clone() for t in tensors]
         buffers = [

@@ -151,7 +151,7 @@ class Stream:
         restarted = False
         while True:
             if self._iterator is None:
-                self._begin(self._drawn.epoch, self._drawn.generators)
+                self._begin_again()
             assert self._iterator is not None
             if type(self._data) not in (list, tuple):  # which draw nothing
                 seed_generators(self._key("batch", self._drawn.index), self._device)
@@ -168,8 +168,27 @@ class Stream:
                 self._iterator = None
                 self._drawn = Position(self._drawn.epoch + 1)
                 continue
+            except BaseException:
+                if not isinstance(self._data, Iterator):
+                    self._iterator = None  # most are finished when they have failed
+                raise
             self._drawn = Position(self._drawn.epoch, self._drawn.index + 1, self._drawn.generators)
             return self._drawn, to_device(batch, self._device)
+
+    def _begin_again(self) -> None:
+        """Begin an epoch, or go on in one in which a read has failed, where it failed."""
+        failed = self._drawn
+        if isinstance(self._data, Stateful) and failed.index:
+            self._data.load_state_dict(self._data.state_dict())
+            self._iterator = iter(self._data)
+            return
+        self._begin(failed.epoch, failed.generators)
+        try:
+            for _ in range(failed.index):
+                self._draw()
+        except BaseException:
+            self._iterator, self._drawn = None, failed
+            raise
 
     def _generator_states(self) -> tuple[Tensor, ...]:
         """Return where the data's own generators stood when the epoch began, or where they stand if none has begun."""

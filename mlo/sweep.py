@@ -282,7 +282,8 @@ class Step:
                         self.call.levels[self.level].habits.keeps_graphs = False
                         kept = None
                     stack.close()
-                    source = stack.enter_context(self._differentiable(all_targets))
+                    with torch.enable_grad():  # solvers take products without
+                        source = stack.enter_context(self._differentiable(all_targets))
                 return self._product(source, direction, targets, create_graph=create_graph)
 
             yield product
@@ -403,7 +404,10 @@ class Step:
     @property
     def _kept(self) -> Calls | None:
         """The kept calls, if there are any and all levels that they read still stand where they stood."""
-        if self.calls is None or not self.calls.calls or not all(self.world[c.level].live for c in self.calls.calls):
+        if self.calls is None:
+            return None
+        self.calls.settle()
+        if not self.calls.calls or not all(self.world[c.level].live for c in self.calls.calls):
             return None
         return self.calls
 

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 from mlo.distributed import Group, mean_everywhere, whole_world
 
+_MIXED = (
+    "synchronized batch normalization: expected all processes to call the same modules in the same order; found "
+    "different ones together. Let what is called not depend on a process's own batch or draws, or let each process "
+    "have statistics of its own (in a recipe synchronize_batch_norm: false)."
+)
+
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -21,13 +27,14 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     Args:
         like: the module whose parameters, buffers and settings it takes over.
         group: the processes; "auto" for all of `torch.distributed`.
+        number: the same in all processes, by which it is noticed that they call different modules.
     """
 
-    def __init__(self, like: nn.modules.batchnorm._BatchNorm, group: Group = "auto") -> None:
+    def __init__(self, like: nn.modules.batchnorm._BatchNorm, group: Group = "auto", number: int = 0) -> None:
         super().__init__(like.num_features, like.eps, like.momentum, affine=False, track_running_stats=False)
         self.affine, self.track_running_stats = like.affine, like.track_running_stats
         self._parameters, self._buffers = like._parameters, like._buffers
-        self._group = group
+        self._group, self._number = group, number
         self.train(like.training)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
@@ -44,7 +51,10 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        mean = mean_everywhere(x.mean(axes), group)
+        own = x.new_tensor([self._number])
+        means = mean_everywhere(torch.cat([x.mean(axes), own]), group)
+        torch._assert_async(means[-1] == own, _MIXED)
+        mean = means[:-1]
         centred = x - mean.view(shape)
         variance = mean_everywhere(centred.square().mean(axes), group)
         if self.training and self.track_running_stats:
@@ -78,7 +88,8 @@ def synchronize_batch_norm(module: nn.Module, group: Group = "auto") -> nn.Modul
 
 def _replaced(module: nn.Module, group: Group, known: dict[nn.Module, nn.Module]) -> nn.Module:
     if module not in known:
-        known[module] = SynchronizedBatchNorm(module, group) if type(module) in _PLAIN else module  # type: ignore[arg-type]
+        norm: Any = module
+        known[module] = SynchronizedBatchNorm(norm, group, len(known)) if type(module) in _PLAIN else module
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = _replaced(child, group, known)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Backend, Level, aliases
+from mlo.autodiff import Backend, Level, aliases, nodes_of
 from mlo.errors import GraphError
 from mlo.graph import Graph
 from mlo.levels import Undo
@@ -57,6 +57,12 @@ def trace(
                         f"the loss of level {name!r}: expected one that changes no variables; found that it writes "
                         f"into those of {other!r}. Leave that to the level's optimizer."
                     )
+            if any(node.name().endswith("CheckpointFunctionBackward") for node in nodes_of([loss])):
+                raise GraphError(
+                    f"the loss of level {name!r}: expected gradients that torch.autograd.grad can take; found a call "
+                    f"of torch.utils.checkpoint with use_reentrant=True, which leaves out those of the parameters "
+                    f"inside. Pass use_reentrant=False."
+                )
             check_loss(graph, name, loss, accessed, variables)
             del loss  # and its graph, before the next one is made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +22,19 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
             return type(tree)(items)
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     if isinstance(tree, list):
-        return [map_tensors(item, function) for item in tree]
+        items = [map_tensors(item, function) for item in tree]
+        if type(tree) is list:
+            return items
+        changed = copy.copy(tree)
+        changed[:] = items
+        return changed
     if isinstance(tree, dict):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
+        values = {key: map_tensors(value, function) for key, value in tree.items()}
+        if type(tree) is dict:
+            return values
+        result = copy.copy(tree)
+        result.update(values)
+        return result
     return tree
 
 

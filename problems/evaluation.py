@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import mlo
+from mlo.errors import MloError
 from mlo.recipes import LevelRecipe, RecipePart
 from problems.data import BatchSize, Splits, loader
+from problems.data.loading import Loader
 from problems.lbt import accuracy
 from problems.search_spaces import EvaluationNetwork, Genotype
 from problems.search_spaces.stems import Stem
@@ -82,6 +84,19 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def evaluation_batches(recipe: EvaluationRecipe, data: Splits) -> Loader:
+    """Return the batches that the network of a genotype is trained on.
+
+    Raises:
+        MloError: the batches do not fit the data, or the processes.
+    """
+    try:
+        images = data.evaluation_training(cutout=recipe.cutout)
+        return loader(images, recipe.batch_size, num_workers=data.num_workers)
+    except MloError as error:
+        raise MloError(f"evaluation.{error}") from error
+
+
 def evaluation_graph(
     recipe: EvaluationRecipe, genotype: Genotype, data: Splits, *, max_rounds: int | None = None
 ) -> tuple[mlo.Graph, int]:
@@ -96,7 +111,7 @@ def evaluation_graph(
     Returns:
         The graph of one level, `network`, and the number of rounds, each of `recipe.network.steps` optimizer steps.
     """
-    batches = loader(data.evaluation_training(cutout=recipe.cutout), recipe.batch_size, num_workers=data.num_workers)
+    batches = evaluation_batches(recipe, data)
     level = recipe.network
     steps_per_epoch = len(batches) / level.micro_batches
     rounds = max(1, int(recipe.epochs * steps_per_epoch / level.steps))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationInfo, field_validator
 
 import mlo
 from mlo.drawing import draw_graph
@@ -22,10 +23,10 @@ from mlo.recipes import Recipe
 from mlo.runs import Experiment, Run, write_json
 from mlo.tracking import read_metrics
 from problems.data import BatchSize, DataRecipe, DigitsRecipe, Splits
-from problems.evaluation import EvaluationRecipe, evaluation_graph
+from problems.evaluation import EvaluationRecipe, evaluation_batches, evaluation_graph
 from problems.measures import num_parameters, predict
 from problems.report import draw_curves, write_report
-from problems.search_recipes import DARTSRecipe, SpaceRecipe, Stage, SupernetRecipe
+from problems.search_recipes import DARTSRecipe, PCDARTSRecipe, SpaceRecipe, Stage, SupernetRecipe
 from problems.search_spaces import PRIMITIVES, Architecture, Genotype, SearchSpace, random_genotype
 from problems.search_spaces.drawing import draw_alphas, draw_cell
 from problems.search_spaces.stopping import SkipLimit
@@ -52,6 +53,14 @@ class SearchRecipe(Recipe):
     evaluation: EvaluationRecipe
     random_cell: bool = True
 
+    @field_validator("supernet")
+    @classmethod
+    def _check_channels(cls, value: SupernetRecipe, info: ValidationInfo) -> SupernetRecipe:
+        space = info.data.get("space")
+        if isinstance(space, PCDARTSRecipe) and value.channels % space.k:
+            raise ValueError(f"channels: expected a multiple of space.k = {space.k}; found {value.channels}")
+        return value
+
 
 class SearchExperiment(Experiment):
     """What the searches have in common."""
@@ -62,7 +71,12 @@ class SearchExperiment(Experiment):
         self.recipe = recipe
 
     def graph(self) -> mlo.Graph:
-        """Build the levels of the first stage, freshly initialized from the recipe's seed."""
+        """Build the levels of the first stage, freshly initialized from the recipe's seed.
+
+        Raises:
+            MloError: the batches of the search, or of the evaluation after it, do not fit the data or the processes.
+        """
+        evaluation_batches(self.recipe.evaluation, self.data)
         return self._stage_graph(0, self.recipe.space.stage(0, None), self.data)
 
     @cached_property
@@ -84,6 +98,13 @@ class SearchExperiment(Experiment):
         """Search, evaluate, and write the pictures."""
         recipe, folder, data = self.recipe, run.folder, self.data
         run.holds("images", data.fingerprint())
+        waits = recipe.levels.architecture.warmup_rounds
+        if waits >= recipe.rounds:
+            warnings.warn(
+                f"levels.architecture.warmup_rounds: expected fewer than the {recipe.rounds} rounds; found {waits}, so "
+                f"that the architecture is not trained. Lower it, as by --set levels.architecture.warmup_rounds=0.",
+                stacklevel=2,
+            )
         phases: list[str] = []
         architecture: Architecture | None = None
         for index in range(recipe.space.num_stages):

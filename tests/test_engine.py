@@ -1,5 +1,6 @@
 """The loop: schedule, purity, rollback, and what a user is told."""
 
+import math
 import random
 import weakref
 from dataclasses import replace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mlo
 
@@ -378,6 +380,128 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
     factor[0] = 1.0
     engine.run(1, progress=False)
     assert module.weight.item() == pytest.approx(before - 0.1)
+
+
+def overflowing(factor, precision="fp16"):
+    """A level whose loss, or its gradient alone, is not finite as long as `factor[0]` is not."""
+    module = nn.Linear(1, 1)
+    problem = mlo.Problem(
+        "w",
+        module,
+        lambda levels, batch: (levels.w(torch.ones(1, 1)).float() * factor[0]).sum(),
+        torch.optim.SGD(module.parameters(), lr=0.1),
+        None,
+    )
+    return mlo.Engine(mlo.Graph([problem]), device="cpu", precision=precision), module
+
+
+def test_fp16_skips_a_step_whose_loss_is_not_finite():
+    factor = [1.0]
+    engine, module = overflowing(factor)
+    engine.run(1, progress=False)
+    before = module.weight.item()
+    factor[0] = math.inf
+    engine.run(1, progress=False)
+    assert module.weight.item() == before
+    factor[0] = 1.0
+    engine.run(1, progress=False)
+    assert module.weight.item() == pytest.approx(before - 0.1)
+
+
+def test_fp16_ends_where_no_scale_makes_a_gradient_finite():
+    engine, _ = overflowing([math.nan])
+    with pytest.raises(mlo.DivergenceError, match=r"round 35, level 'w': expected a finite gradient at some scale"):
+        engine.run(100, progress=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_callers_autocast_does_not_matter(precision):
+    """It would keep its casts of weights until its end."""
+    inside, outside = (three_levels(precision=precision) for _ in range(2))
+    outside.run(3, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.run(3, progress=False)
+    assert_same_state(state_of(inside), state_of(outside))
+
+
+def test_the_reported_learning_rate_of_a_tensor_is_that_of_each_step():
+    rates = []
+    for rate in (0.1, torch.tensor(0.1)):
+        module = nn.Linear(1, 1)
+        sgd = torch.optim.SGD(module.parameters(), lr=rate)
+        scheduler = torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.5)
+        loss = lambda levels, batch: levels.w(torch.ones(1, 1)).sum()  # noqa: E731
+        problem = mlo.Problem("w", module, loss, sgd, None, steps=3, scheduler=scheduler)
+        metrics = mlo.Engine(mlo.Graph([problem]), device="cpu").run(1, progress=False)
+        rates.append(metrics["w.learning_rate"])
+    assert rates == pytest.approx([0.175 / 3] * 2)
+
+
+def test_a_read_that_fails_is_tried_again():
+    """Neither is the rest of the epoch lost, nor the level stuck."""
+
+    class Failing:
+        def __init__(self):
+            self.failures = [(0, 3), (0, 1), (1, 0)]  # by epoch and index, each once
+            self.epoch = -1
+
+        def __iter__(self):
+            for index in range(5):
+                if (self.epoch, index) in self.failures:
+                    self.failures.remove((self.epoch, index))
+                    raise OSError("disk")
+                yield torch.full((1, 1), float(10 * self.epoch + index))
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    seen = []
+    module = nn.Linear(1, 1)
+
+    def loss(levels, batch):
+        seen.append(int(batch))
+        return levels.w(batch).sum()
+
+    problem = mlo.Problem("w", module, loss, torch.optim.SGD(module.parameters(), lr=0.1), Failing())
+    engine = mlo.Engine(mlo.Graph([problem]), device="cpu")
+    failed = 0
+    while engine.rounds_done < 12:
+        try:
+            engine.run(1, progress=False)
+        except OSError:
+            failed += 1
+    assert failed == 3
+    assert seen[1:] == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 20, 21]  # the first is looked at before the first step
+
+
+def test_batches_keep_their_kinds():
+    class Batch(dict):
+        @property
+        def x(self):
+            return self["x"]
+
+    class Items(list):
+        @property
+        def first(self):
+            return self[0]
+
+    module = nn.Linear(1, 1)
+    batch = Items([Batch(x=torch.ones(1, 1)), 3])
+    loss = lambda levels, batch: levels.w(batch.first.x).sum()  # noqa: E731
+    problem = mlo.Problem("w", module, loss, torch.optim.SGD(module.parameters(), lr=0.1), [batch])
+    mlo.Engine(mlo.Graph([problem]), device="cpu").run(1, progress=False)
+
+
+def test_reentrant_checkpointing_is_refused():
+    """`torch.autograd.grad` never gets to the parameters inside."""
+    module = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+
+    def loss(levels, batch):
+        return checkpoint(levels.w[1], levels.w[0](batch), use_reentrant=True).sum()
+
+    problem = mlo.Problem("w", module, loss, torch.optim.SGD(module.parameters(), lr=0.1), [torch.ones(1, 1)])
+    with pytest.raises(mlo.GraphError, match=r"use_reentrant=True, .* Pass use_reentrant=False"):
+        mlo.Engine(mlo.Graph([problem]), device="cpu").run(1, progress=False)
 
 
 def test_float64_stays_float64_and_any_batch_will_do():

@@ -73,6 +73,10 @@ MISTAKES = {
         ),
         r"level 'a': FiniteDifference\(.*\) differentiates the optimizer.*; expected one of SGD, Adam, .*; found Rprop",
     ),
+    "complex parameters": (
+        lambda: mlo.Graph([problem("a", nn.Linear(2, 2, dtype=torch.complex64))]),
+        "level 'a': expected real parameters; found weight, of torch.complex64. .* torch.view_as_complex",
+    ),
     "one level": (lambda: mlo.Graph(problem("a")), "levels: expected a list; found one Problem. Put it into brackets"),
     "one edge": (
         lambda: mlo.Graph([problem("a"), problem("b")], mlo.Edge("a", "b")),
@@ -128,6 +132,28 @@ def test_mistakes_in_a_declaration(mistake):
     build, message = MISTAKES[mistake]
     with pytest.raises(mlo.GraphError, match=message.replace("?", r"\?") if "Did you" in message else message):
         build()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameters_that_are_too_coarse_for_differences(dtype):
+    def build(estimator):
+        low = nn.Linear(2, 2, dtype=dtype)
+        levels = [
+            problem("a", low, loss=reading("a", "b"), hypergradient=estimator),
+            problem("b", nn.Linear(2, 2, dtype=torch.bfloat16), loss=reading("a", "b")),
+        ]
+        return mlo.Graph(levels, [mlo.Edge("a", "b"), mlo.Edge("b", "a")])
+
+    for estimator in (mlo.FiniteDifference(), mlo.SAMA(), mlo.Penalty()):
+        if dtype == torch.float32:
+            build(estimator)
+        else:
+            with pytest.warns(
+                RuntimeWarning, match=rf"level 'a', {type(estimator).__name__}: .* found {dtype}, in which"
+            ):
+                build(estimator)
+    build(mlo.Unroll())
+    build(mlo.FirstOrder())
 
 
 @pytest.mark.parametrize("act", ["run", "hypergradient"])

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import mlo
+from mlo.cli import main
 from mlo.files import alone
-from mlo.launching import _without_launch, start_processes
+from mlo.launching import _without_launch, is_launched, start_processes
 
 MLO = [sys.executable, "-m", "mlo"]
 SETTINGS = (
@@ -72,6 +74,15 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 def children(pid):
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_stopped_by_a_signal_that_loading_processes_must_not_hear(tmp_path):
+    """torchrun sends it on to the group of each process, those that load for it included."""
+    folder = tmp_path / "run"
+    options = ("--launch", "2", "--set", "data.num_workers=1")
+    status, error = broken_off(folder, lambda pid: os.kill(pid, signal.SIGTERM), *options, rounds=10**4)
+    assert (status, error.count("mlo resume"), "Traceback" in error) == (128 + signal.SIGTERM, 1, False), error
+    assert list((folder / "checkpoints").glob("search-*.pt"))
 
 
 def test_stopped_by_a_signal_and_resumed_in_one_process(tmp_path):
@@ -155,6 +166,25 @@ def test_a_mistake_in_the_recipe_is_found_before_processes_are_started(tmp_path,
     assert (found.returncode, found.stderr.count("Error: "), "Traceback" in found.stderr) == (2, 1, False)
     assert message in found.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_variables_that_are_missing_are_named(monkeypatch):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert not is_launched()  # some other program's
+    monkeypatch.setenv("RANK", "1")
+    done = CliRunner().invoke(main, ["list"])
+    assert done.exit_code == 2
+    assert "WORLD_SIZE=2: expected the variables that torchrun sets; found no LOCAL_RANK and no MASTER" in done.output
+
+
+def test_commands_of_a_single_process_are_refused_in_several(tmp_path):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mlo", "list"]
+    found = finished([sys.executable, *words])
+    assert found.stderr.count("mlo list: expected a single process; found one of several") == 1
+    assert not found.stdout
 
 
 def test_the_started_command_is_the_same_without_launch():

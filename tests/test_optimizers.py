@@ -12,6 +12,7 @@ SETTINGS = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
+    (torch.optim.SGD, {"lr": torch.tensor([0.1], dtype=torch.float64), "momentum": 0.9}),
     (torch.optim.Adam, {"lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.05}),
     (torch.optim.Adam, {"lr": 0.1, "amsgrad": True}),
     (torch.optim.Adam, {"lr": 0.1, "maximize": True, "eps": 1e-3}),

@@ -60,8 +60,9 @@ class Neumann(Implicit):
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Sum the series, and report how it went."""
-        if not bool(b.any()):
-            return Solution(torch.zeros_like(b))
+        length = float(torch.linalg.vector_norm(b, float("inf")))
+        if not 0 < length < float("inf"):  # an overflow in fp16 is for the loss scale to see
+            return Solution(b * 0)
         scale = self._automatic_scale(operator, b, response, system) if self.scale == "auto" else float(self.scale)
         start = self.remembered(response, "solution", b) if self.warm_start else None
         solution = neumann(operator, b, terms=self.terms, scale=scale, start=start)

@@ -21,6 +21,7 @@ from betty.logging.logger_base import get_logger
 from torch import Tensor, nn
 
 from mlo.autodiff import checked_output
+from mlo.devices import without_autocast
 from mlo.errors import DivergenceError
 from mlo.graph import Graph
 from mlo.interop.betty_translation import Options, Translation, passes_first_order
@@ -253,7 +254,8 @@ class RoundEngine(betty.engine.Engine):
     def _play_round(self) -> dict[str, float]:
         started = time.perf_counter()
         self._tallies.clear()
-        with isolated(self._options.device), _silenced(), torch.inference_mode(False), torch.enable_grad():
+        device = self._options.device
+        with isolated(device), without_autocast(device), _silenced(), torch.inference_mode(False), torch.enable_grad():
             for _ in range(self._iterations):
                 self.global_step += 1
                 self.train_step()

@@ -8,6 +8,7 @@ nothing but the speed; a worker's own generator, which goes on from epoch to epo
 
 from __future__ import annotations
 
+import os
 import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sized
@@ -151,7 +152,7 @@ class Loader:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_stand_aside,
             generator=torch.Generator(),  # for the workers' seeds, which nothing reads: leaves the global one alone
         )
         pool = _Pool(requests, batches)
@@ -159,9 +160,14 @@ class Loader:
         return pool
 
 
-def _ignore_interrupts(worker: int) -> None:  # noqa: ARG001
-    """Let Ctrl-C, which every process of a terminal gets, stop the main process, that still needs its batches."""
+def _stand_aside(worker: int) -> None:  # noqa: ARG001
+    """Let signals that are sent to all processes at once stop the main process alone, that still needs its batches.
+
+    Ctrl-C goes to the group of a terminal's processes, and torchrun passes signals on to the group of each of its own.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _release(*pools: list[_Pool]) -> None:

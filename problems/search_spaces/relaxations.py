@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from mlo.randomness import drawn_alike
+
 
 class Relaxation(abc.ABC):
     """Maps alpha, (edges, primitives), to the weights of the primitives.
@@ -66,7 +68,8 @@ class GumbelSoftmax(Relaxation):
     Dong and Yang 2019, eq. (5)-(7), whose temperatures are the defaults). Soft: the sample itself weights all of them
     (SNAS, Xie et al. 2019, eq. (4)).
 
-    Which primitives are sampled is needed on the host: a hard sample waits once a forward pass for the device.
+    Processes that train together sample the same. Which primitives are sampled is needed on the host: a hard sample
+    waits once a forward pass for the device.
 
     Args:
         initial_temperature: positive.
@@ -95,7 +98,8 @@ class GumbelSoftmax(Relaxation):
     def weights(self, alpha: Tensor, progress: float) -> Tensor:
         """Return a sample."""
         temperature = self.initial_temperature + progress * (self.final_temperature - self.initial_temperature)
-        return functional.gumbel_softmax(alpha.log_softmax(dim=-1), tau=temperature, hard=self.hard, dim=-1)
+        with drawn_alike(alpha.device):  # the statistics of batches are those of one architecture
+            return functional.gumbel_softmax(alpha.log_softmax(dim=-1), tau=temperature, hard=self.hard, dim=-1)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Two processes, each with half of every batch, are one process with the whole: every estimator, at any depth."""
 
+import random
 from itertools import chain
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import mlo
 from mlo.distributed import from_first, whole_world
+from mlo.randomness import drawn_alike
 
 from .processes import in_two_processes
 from .quadratics import relative_error
@@ -251,6 +253,78 @@ def synchronized_twice():
     return module[0] is module[2] and type(module[0]) is not nn.BatchNorm1d, alone.running_mean.clone()
 
 
+def of_other_levels(rank):
+    """What is said where each process's loss depends on another level, on two of one size."""
+    a, b, top = (nn.Linear(2, 2) for _ in range(3))
+
+    def loss(levels, batch):
+        outputs = (levels.a(batch), levels.b(batch))  # the same calls
+        return levels.top(batch).square().mean() + outputs[rank].square().mean()
+
+    sgd = torch.optim.SGD
+    fits = [
+        lambda levels, x: (levels.a(x) - levels.top(x)).sum(),
+        lambda levels, x: (levels.b(x) - levels.top(x)).sum(),
+    ]
+    problems = [
+        mlo.Problem(name, module, fit, sgd(module.parameters(), 0.1), [torch.ones(4, 2)])
+        for name, module, fit in zip(("a", "b", "top"), (a, b, top), (*fits, loss), strict=True)
+    ]
+    edges = [mlo.Edge("top", "a"), mlo.Edge("top", "b"), mlo.Edge("a", "top"), mlo.Edge("b", "top")]
+    with pytest.raises(mlo.MloError) as caught:
+        mlo.Engine(mlo.Graph(problems, edges), device="cpu").run(1, progress=False)
+    return str(caught.value)
+
+
+def of_other_norms(rank):
+    """What is said where each process normalizes by another module."""
+    norms = mlo.synchronize_batch_norm(nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)]))
+    with pytest.raises(RuntimeError) as caught:
+        norms[rank](torch.ones(4, 2))
+    return str(caught.value)
+
+
+def late_draws(rank):
+    """The weights where one process's loss begins to draw from Python's generator, after calls have been kept."""
+    torch.manual_seed(0)
+    low, up = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def lower(levels, batch):
+        if rank == 1 and levels.progress > 0.4:
+            random.random()
+        return (levels.low(batch) - levels.up(batch)).square().mean()
+
+    def upper(levels, batch):
+        return levels.low(batch).square().mean()
+
+    problems = [
+        mlo.Problem("low", low, lower, torch.optim.SGD(low.parameters(), 0.1), [torch.randn(4, 3)]),
+        mlo.Problem("up", up, upper, torch.optim.SGD(up.parameters(), 0.1), [torch.randn(4, 3)]),
+    ]
+    mlo.Engine(mlo.Graph(problems, [mlo.Edge("up", "low"), mlo.Edge("low", "up")]), device="cpu").run(4, progress=False)
+    return flat([p.detach() for p in (*low.parameters(), *up.parameters())])
+
+
+def alike():
+    """What a loss draws with `drawn_alike`, and without."""
+    drawn = []
+
+    def loss(levels, batch):
+        own = [torch.rand(())]
+        with drawn_alike(torch.device("cpu")):
+            shared = [torch.rand(())]
+        own.append(torch.rand(()))
+        with drawn_alike(torch.device("cpu")):
+            shared.append(torch.rand(()))
+        drawn.append((torch.stack(shared).tolist(), torch.stack(own).tolist()))
+        return levels.w(batch).mean()
+
+    w = nn.Linear(2, 2)
+    problem = mlo.Problem("w", w, mlo.Sum(loss, loss), torch.optim.SGD(w.parameters(), 0.1), [torch.ones(4, 2)])
+    mlo.Engine(mlo.Graph([problem]), device="cpu").run(2, progress=False)
+    return drawn
+
+
 def failed():
     """What each process raises when the first one fails, by a mistake in a program and by one of a user."""
 
@@ -291,6 +365,10 @@ def in_process(rank, folder):
         "buffers": buffers(),
         "unlike": unlike(rank),
         "synchronized twice": synchronized_twice(),
+        "other levels": of_other_levels(rank),
+        "other norms": of_other_norms(rank),
+        "late draws": late_draws(rank),
+        "alike": alike(),
     }
 
 
@@ -396,6 +474,32 @@ def test_batch_normalization_is_synchronized_under_all_its_names_and_in_the_proc
         same, mean = of_rank["synchronized twice"]
         assert same
         assert mean.tolist() == pytest.approx([1.0 * rank] * 2)
+
+
+def test_losses_that_depend_on_other_levels_in_each_process_are_refused(processes):
+    """Else gradients of different levels would be averaged, or the job would be aborted."""
+    for name, of_rank in zip(("a", "b"), processes[1], strict=True):
+        assert f'found one at "top\'s loss, variables of {name}" that another is not at' in of_rank["other levels"]
+
+
+def test_statistics_of_different_modules_are_never_averaged(processes):
+    for of_rank in processes[1]:
+        assert "expected all processes to call the same modules in the same order" in of_rank["other norms"]
+
+
+def test_one_process_may_begin_to_draw_numbers(processes):
+    assert torch.equal(*(of_rank["late draws"] for of_rank in processes[1]))
+
+
+def test_what_belongs_to_variables_can_be_drawn_alike(processes):
+    first, second = (of_rank["alike"] for of_rank in processes[1])
+    alone = alike()
+    assert first == alone
+    for (shared, own), (other_shared, other_own) in zip(first, second, strict=True):
+        assert shared == other_shared
+        assert not set(own) & set(other_own)
+        assert len({*shared, *own}) == 4
+    assert len({shared[0] for shared, _ in first}) == len({own[0] for _, own in first})  # per term and step
 
 
 def test_all_hear_of_what_fails_in_the_first(processes):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mlo
+from mlo.linear_solvers import conjugate_gradient
 
 from .closed_form import GRAPHS, draw
 from .quadratics import Vector, oracle, quadratic_engine, relative_error
@@ -356,6 +357,42 @@ def test_a_converged_level_in_a_nest_may_be_unrolled_or_differentiated_implicitl
     exact = engine(mlo.Unroll()).hypergradient("top")["w"]
     found = engine(mlo.ConjugateGradient(tolerance=1e-12)).hypergradient("top")["w"]
     assert relative_error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "estimator", [mlo.Neumann(), mlo.Neumann(terms=3, scale=0.1), mlo.Neumann(warm_start=True)], ids=repr
+)
+def test_neumann_leaves_an_overflow_to_the_loss_scale(estimator):
+    """In fp16 the cotangent is that of the scaled loss, which may overflow: the scale is lowered, the run goes on."""
+    torch.manual_seed(0)
+    low, up = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    batches = torch.randn(2, 8, 3).unbind()
+
+    def fit(levels, batch):
+        return (levels.low(batch).float() - levels.up(batch).float()).square().mean()
+
+    def judge(levels, batch):
+        return (levels.low(batch) * 200).float().square().mean()
+
+    problems = [
+        mlo.Problem("low", low, fit, torch.optim.SGD(low.parameters(), lr=0.1), batches, hypergradient=estimator),
+        mlo.Problem("up", up, judge, torch.optim.SGD(up.parameters(), lr=1e-6), batches),
+    ]
+    graph = mlo.Graph(problems, [mlo.Edge("up", "low"), mlo.Edge("low", "up")])
+    engine = mlo.Engine(graph, device="cpu", precision="fp16")
+    before = up.weight.detach().clone()
+    engine.run(1, progress=False)
+    assert torch.equal(up.weight, before)
+    engine.run(20, progress=False)
+    assert not torch.equal(up.weight, before)
+
+
+@pytest.mark.parametrize("length", [1e-20, 1e-30])
+def test_conjugate_gradients_of_a_short_cotangent(length):
+    matrix = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    b = torch.tensor([1.0, -1.0])
+    found = conjugate_gradient(lambda v: matrix @ v, b * length, iterations=5).x
+    torch.testing.assert_close(found / length, torch.linalg.solve(matrix, b))
 
 
 def test_nystrom_leaves_a_divergence_to_the_loss():

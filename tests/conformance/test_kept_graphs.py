@@ -227,6 +227,31 @@ def test_training_is_what_it_is_without_kept_graphs():
     assert all(torch.equal(own, expected) for own in others)
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        mlo.ConjugateGradient(iterations=4, damping=0.5),
+        mlo.Neumann(terms=3, scale=0.1),
+        mlo.Nystrom(rank=20, damping=0.5),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+@pytest.mark.parametrize("low", [Recomputed, None], ids=["recomputed", "batch written into"])
+def test_solvers_whose_kept_graph_cannot_be_used(estimator, low):
+    """They take products without grad mode; the gradient is then made again with it."""
+
+    def write(levels, batch):
+        return (levels.low(batch.clamp_(-1, 1)) - 1).square().mean()
+
+    judge = write if low is None else None
+    engine, expected = (bilevel(estimator, steps=2, low=low, judge=judge) for _ in range(2))
+    expected.run(0, progress=False)
+    expected._levels["low"].habits.keeps_graphs = False
+    found, truth = (flat(e.hypergradient("up").values()) for e in (engine, expected))
+    assert truth.norm() > 1e-3
+    assert relative_error(found, truth) < 1e-9
+
+
 def test_a_batch_written_into_after_the_step():
     def make(estimator):
         def judge(levels, batch):

@@ -96,7 +96,13 @@ def in_process(rank, folder):
         resumed.load(f"{folder}/{index}.pt")
         found[-1]["resumed"] = results(resumed)
         found[-1]["gone on"] = results(engine)
-    return {"results": found, "messages": messages(rank)}
+    return {
+        "results": found,
+        "messages": messages(rank),
+        "between": [[called_between(rollback, called) for called in (False, True)] for rollback in (False, True)],
+        "gradients": gradients_left(),
+        "projections": projections(rank),
+    }
 
 
 def messages(rank):
@@ -110,6 +116,8 @@ def messages(rank):
         "diagnostics": lambda: mlo.Engine(build(CASES[0], rank).graph, device="cpu", diagnostics_every=1),
         "file": lambda: build(CASES[0], rank).save("/proc/nothing.pt"),
         "clip_norm": clipped,
+        "attribute": lambda: by_attribute(lambda low: low.weight.full_tensor().square().sum()).run(1, progress=False),
+        "parameters": lambda: by_attribute(lambda low: sum(p.sum() for p in low.parameters())).run(1, progress=False),
     }
     found = {}
     for name, attempt in tried.items():
@@ -117,6 +125,66 @@ def messages(rank):
             attempt()
         found[name] = str(caught.value)
     return found
+
+
+class Projecting(nn.Linear):
+    """Has a buffer that each process has drawn for itself."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer("projection", torch.randn(4, 4))
+
+    def forward(self, x):
+        return super().forward(x @ self.projection)
+
+
+def small(low=None, **options):
+    """A sharded linear level below a whole one."""
+    torch.manual_seed(0)
+    low, top = fully_shard(low or nn.Linear(4, 4)), nn.Linear(4, 4)
+    batch = torch.randn(6, 4)
+
+    def fit(levels, batch):
+        return (levels.low(batch) - levels.top(batch)).square().mean()
+
+    def judge(levels, batch):
+        return (levels.low(batch) - batch).square().mean()
+
+    problems = [
+        mlo.Problem("low", low, fit, torch.optim.SGD(low.parameters(), lr=0.1), [batch], steps=2),
+        mlo.Problem("top", top, options.pop("judge", judge), torch.optim.SGD(top.parameters(), lr=0.1), [batch]),
+    ]
+    edges = [mlo.Edge("top", "low"), mlo.Edge("low", "top")]
+    return mlo.Engine(mlo.Graph(problems, edges), device="cpu", **options)
+
+
+def called_between(rollback, called):
+    """The hypergradient after rounds, between which the user's code calls the sharded module, or does not."""
+    engine = small(rollback=rollback)
+    for _ in range(2):
+        engine.run(1, progress=False)
+        if called:
+            with torch.no_grad():
+                engine.graph["low"].module(torch.ones(1, 4))
+    return flat(engine.hypergradient("top").values())
+
+
+def by_attribute(read):
+    return small(judge=lambda levels, batch: read(levels.low) + (levels.low(batch) - batch).square().mean())
+
+
+def gradients_left():
+    engine = small()
+    engine.run(2, progress=False)
+    return [p.grad for level in engine.graph.levels for p in level.module.parameters()]
+
+
+def projections(rank):
+    torch.manual_seed(rank)
+    engine = small(Projecting())
+    before = engine.graph["low"].module.projection.clone()
+    engine.run(1, progress=False)
+    return before, engine.graph["low"].module.projection.clone()
 
 
 def tensor_parallel():
@@ -172,3 +240,22 @@ def test_messages(processes):
     assert "'low' is sharded. Leave the diagnostics out" in said["diagnostics"]
     assert "could not be written" in said["file"]
     assert "'net', clip_norm: expected none, as the level is sharded" in said["clip_norm"]
+    assert (
+        "reads .weight of a level that is sharded by fully_shard; expected it to call the module" in said["attribute"]
+    )
+    assert "reads .parameters of a level that is sharded" in said["parameters"]
+
+
+def test_the_module_may_be_called_between_rounds(processes):
+    """FSDP leaves it with whole parameters, whose memory it frees later."""
+    for of_rank in processes[1]:
+        assert all(torch.equal(*pair) for pair in of_rank["between"])
+
+
+def test_no_gradients_are_left_behind(processes):
+    assert all(of_rank["gradients"] == [None] * 4 for of_rank in processes[1])
+
+
+def test_buffers_are_those_of_the_first_process(processes):
+    first, second = (of_rank["projections"] for of_rank in processes[1])
+    assert all(torch.equal(t, first[0]) for t in (*first, *second))

@@ -39,6 +39,28 @@ P_DARTS = (
 )
 
 
+def test_a_warm_up_as_long_as_the_search_is_warned_of(tmp_path):
+    recipe = load("darts/digits-first", "levels.architecture.warmup_rounds=3", "random_cell=false")
+    with pytest.warns(
+        UserWarning, match="warmup_rounds: expected fewer than the 3 rounds; found 3, so that the archit"
+    ):
+        assert execute(tmp_path, recipe)["alpha_change"] == 0
+
+
+@pytest.mark.parametrize("size", [5000, 63])
+def test_an_evaluation_that_cannot_be_is_found_before_the_search(monkeypatch, size):
+    monkeypatch.setattr("problems.data.loading.whole_world", lambda: "two")
+    monkeypatch.setattr("problems.data.loading.rank_of", lambda group: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    with pytest.raises(mlo.MloError, match=r"^evaluation\.batch_size: expected .* found .*\b" + str(size)):
+        DARTSExperiment(load("darts/digits-first", f"evaluation.batch_size={size}")).graph()
+
+
+def test_channels_that_partial_ones_do_not_divide():
+    with pytest.raises(mlo.RecipeError, match=r"supernet: .* channels: expected a multiple of space.k = 3; found 2"):
+        load("darts/digits-first", "space.kind=pc_darts", "space.k=3")
+
+
 class Interrupting(DARTSExperiment):
     """Asks to be stopped in the second round of its second stage."""
 
