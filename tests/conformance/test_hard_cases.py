@@ -293,6 +293,7 @@ def test_a_step_whose_loss_did_not_read_its_level(optimizer, clip_norm):
     torch.testing.assert_close(up.u.detach(), 0.99 * torch.tensor([1.0, -2.0], dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:level .* expected parameters in torch.float32 or wider")
 @pytest.mark.parametrize(
     ("dtype", "shortest"), [(torch.float16, 1e-5), (torch.bfloat16, 1e-37), (torch.float32, 1e-38)]
 )
@@ -368,6 +369,7 @@ def test_a_kept_call_of_a_level_that_is_no_target(estimator):
     assert all(level.error < 1e-5 for level in engine.check(directions=2, progress=False).levels)
 
 
+@pytest.mark.filterwarnings("ignore:level .* expected parameters in torch.float32 or wider")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("estimator", [mlo.FiniteDifference(), mlo.Unroll()], ids=repr)
 def test_a_number_of_low_precision_stays_one(estimator, dtype):
