@@ -184,7 +184,7 @@ class LossCall:
 
         Args:
             autocast: whether the backend's lower precision applies (never in second-order products).
-            double_backward: whether the result will be differentiated twice, which not every attention kernel can be.
+            double_backward: whether the result will be differentiated twice, which a compiled module's cannot be.
             record: takes notes of the calls of other levels' modules.
             replay: gives kept calls back where nothing has changed.
             accessed: receives the names that the loss read; compiled modules are left out, for what is compiled under
@@ -213,9 +213,7 @@ class LossCall:
         terms = own.terms if self.objective is None else (self.objective,)
         results = []
         casting = _casting(backend, enabled=autocast) if backend.autocast else _AS_IS
-        attention = sdpa_kernel(SDPBackend.MATH) if double_backward else _AS_IS
-        norms = LayerNormInSteps() if double_backward and own.nested else _AS_IS
-        with _AS_IS if torch.is_grad_enabled() else torch.enable_grad(), casting, attention, norms:
+        with _AS_IS if torch.is_grad_enabled() else torch.enable_grad(), casting:
             # What other processes see of a batch has draws of its own; a function of variables alone has the same ones.
             rank = rank_of(backend.group) if self.objective is None else 0
             num_buffers = len(self._versions()) if len(terms) > 1 else 0
@@ -226,7 +224,7 @@ class LossCall:
                     if calls is not None:
                         calls.term = index
                 key = term_key(self.key, rank, index)
-                seed_generators(key, backend.device, alike=term_key(self.key, 0, index))
+                seed_generators(key, backend.device)
                 levels = Levels(self.level, views, self.progress)
                 before = self._versions() if index + 1 < len(terms) else None
                 results.append(checked_output(self.level, term(levels, self.batch)))
@@ -405,26 +403,27 @@ class LossCall:
         """
         in_place = self._is_in_place(create_graph=create_graph)
         record = None if in_place else record  # FSDP frees what a kept graph would go back through
-        with self._without_recomputation() if outlives else _AS_IS:
-            output = self.evaluate(
-                autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
-            )
-        flat = [t for name in wrt for t in inputs.get(name, ())]
-        flat += replay.leaves if replay is not None else ()
-        grads: Gradient = (None,) * len(flat)
-        if output.loss.requires_grad and flat and in_place:
-            grads = self._backward(output.loss * scale, inputs, wrt)
-        elif output.loss.requires_grad and flat:
-            # Where the gradient is to be differentiated, its seed is variable: an operation that has no second
-            # derivative then leaves a trace, even if it is the loss's last.
-            grads = torch.autograd.grad(
-                output.loss * scale if scale != 1.0 else output.loss,
-                flat,
-                torch.ones_like(output.loss, requires_grad=True) if create_graph else None,
-                create_graph=create_graph,
-                retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
-                allow_unused=True,
-            )
+        with twice_differentiable(nested=self.levels[self.level].nested) if create_graph else _AS_IS:
+            with self._without_recomputation() if outlives else _AS_IS:
+                output = self.evaluate(
+                    autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
+                )
+            flat = [t for name in wrt for t in inputs.get(name, ())]
+            flat += replay.leaves if replay is not None else ()
+            grads: Gradient = (None,) * len(flat)
+            if output.loss.requires_grad and flat and in_place:
+                grads = self._backward(output.loss * scale, inputs, wrt)
+            elif output.loss.requires_grad and flat:
+                # Where the gradient is to be differentiated, its seed is variable: an operation that has no second
+                # derivative then leaves a trace, even if it is the loss's last.
+                grads = torch.autograd.grad(
+                    output.loss * scale if scale != 1.0 else output.loss,
+                    flat,
+                    torch.ones_like(output.loss, requires_grad=True) if create_graph else None,
+                    create_graph=create_graph,
+                    retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
+                    allow_unused=True,
+                )
         if scale != 1.0:
             grads = tuple(g / scale if g is not None else None for g in grads)
         of: dict[str, Gradient] = {}
@@ -578,17 +577,39 @@ def aliases(tensors: Tensors, *, create_graph: bool) -> Tensors:
     return tuple([alias(t, create_graph=create_graph) for t in tensors])
 
 
-def check_twice_differentiable(gradient: Gradient) -> None:
-    """Refuse a gradient that an operation marked `once_differentiable` had a part in.
+def check_twice_differentiable(gradient: Gradient, *, thrice: bool) -> None:
+    """Refuse a gradient that an operation had a part in whose further derivatives are wrong, without a word.
 
-    Its second derivative through that operation is missing, and `torch.autograd.grad` does not say so.
+    The second one of what is marked `once_differentiable` is missing, the third one of PyTorch's layer normalization is
+    wrong: only where it is called by its usual names can other operations take its place.
+
+    Args:
+        gradient: with its graph.
+        thrice: whether third derivatives may be taken.
 
     Raises:
-        RuntimeError: there is such an operation.
+        RuntimeError: there is an operation of the first kind.
+        MloError: one of the second.
     """
     for node in nodes_of(gradient):
+        if thrice and node.name().startswith("NativeLayerNorm"):
+            raise MloError(
+                "expected layer normalization by torch.nn.LayerNorm or torch.nn.functional.layer_norm in a nest, where "
+                "it is differentiated three times; found the operation itself (torch.jit, torch.ops), whose third "
+                "derivative is wrong in PyTorch. Call it by those names."
+            )
         if node.name().rpartition("::")[2] == "Error":
             raise RuntimeError("an operation has one derivative fewer than needed; once_differentiable marks such ones")
+
+
+@contextmanager
+def twice_differentiable(*, nested: bool) -> Iterator[None]:
+    """Compute, and recompute activations, by operations with the derivatives that are needed, whose backward is right.
+
+    Not every attention kernel has a second one, nor PyTorch's layer normalization a third.
+    """
+    with sdpa_kernel(SDPBackend.MATH), LayerNormInSteps() if nested else _AS_IS:
+        yield
 
 
 def nodes_of(tensors: Sequence[Tensor | None]) -> Iterator[Any]:

@@ -42,7 +42,7 @@ from mlo.engine import Engine
 from mlo.errors import InteropError, MloError, RecipeError
 from mlo.files import alone
 from mlo.graph import Graph
-from mlo.launching import is_launched, joined, start_processes
+from mlo.launching import check_variables, is_launched, joined, start_processes
 from mlo.recipes import Recipe, installed_problems, list_recipes, load_recipe
 from mlo.runs import Experiment, Interrupted, Run, check_engine, check_processes, recipe_name, resume
 from mlo.version import __version__
@@ -93,7 +93,9 @@ def main(context: click.Context) -> None:
     Example:
         mlo run lbt/digits --set levels.teacher.hypergradient.kind=finite_difference
     """  # noqa: D301 - click's marker
-    if is_launched() and context.invoked_subcommand not in ("run", "resume", "evaluate"):
+    if context.invoked_subcommand in ("run", "resume", "evaluate"):
+        check_variables()
+    elif is_launched():
         raise MloError(
             f"mlo {context.invoked_subcommand}: expected a single process; found one of several. Start it without "
             f"torchrun."

@@ -17,7 +17,8 @@ All processes must make the same calls in the same order. Called by `mlo.autodif
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mlo.errors import MloError, ProcessLostError
+from mlo.randomness import seeded_apart
 
 T = TypeVar("T")
 Group = Any
@@ -94,6 +96,38 @@ class _Mean(torch.autograd.Function):
         return None, None, None, *_Replicate.apply(ctx.group, ctx.what, *wanted)
 
 
+_working: Group = None  # the processes of the engine that is at work
+
+
+@contextmanager
+def working(group: Group) -> Iterator[None]:
+    """Let `drawn_alike` mean these processes within the block."""
+    global _working  # noqa: PLW0603 - a loss, or a recomputed activation, has no other way to know
+    before, _working = _working, group
+    try:
+        yield
+    finally:
+        _working = before
+
+
+@contextmanager
+def drawn_alike(device: torch.device) -> Iterator[None]:
+    """Let the processes that evaluate a loss together draw the same numbers from torch within the block.
+
+    For what belongs to variables rather than to a batch, such as a sampled architecture: of dropout masks and the like
+    each process has its own. The numbers follow from one draw of the first process's generator, so that recomputed
+    activations find them again. All processes come to the block together, as to all calls.
+
+    Args:
+        device: that is drawn on.
+    """
+    number = int(torch.randint(2**52, ()))
+    if _working is not None:
+        number = agreed(number if rank_of(_working) == 0 else 0, _working)
+    with seeded_apart(number, device):
+        yield
+
+
 def average(
     tensors: Sequence[Tensor | None], likes: Sequence[Tensor], group: Group, what: str = ""
 ) -> tuple[Tensor | None, ...]:
@@ -112,9 +146,9 @@ def average(
         return ()
     if what and not are_alike(what, group):
         raise MloError(
-            f"several processes: expected all of them to differentiate a loss by the same levels; found one at "
-            f"{what!r} that another is not at. Let the loss depend on the same levels in all of them, whatever their "
-            f"batches: where one has nothing to add, let it add 0 * levels.NAME(x).sum()."
+            f"several processes: expected all of them to take the same derivatives; found one at {what!r} that another "
+            f"is not at. Let the loss be computed alike in all of them, whatever their batches: where one has nothing "
+            f"to add, multiply by zero what the others add, rather than leave it out."
         )
     given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
     shapes = [_as_real(like) for like in likes]

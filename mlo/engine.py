@@ -53,6 +53,7 @@ from mlo.distributed import (
     mean_metrics,
     rank_of,
     whole_world,
+    working,
 )
 from mlo.double import double, in_double, in_float64
 from mlo.errors import CheckpointError, DivergenceError, MloError
@@ -701,5 +702,8 @@ class Engine:
     def _at_work(self) -> Iterator[None]:
         """Whatever modes the caller is in, compute with gradients; give the caller's generators back unchanged."""
         device = self._backend.device
-        with torch.inference_mode(False), torch.enable_grad(), without_autocast(device), isolated(device):
+        modes = (torch.inference_mode(False), torch.enable_grad(), without_autocast(device), isolated(device))
+        with ExitStack() as stack:
+            for mode in (*modes, working(self._backend.group)):
+                stack.enter_context(mode)
             yield

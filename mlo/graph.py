@@ -241,10 +241,14 @@ class Graph:
             for name in (*here, *there):
                 found = [_parameter(own.get(name)) for own in (here, there)]
                 if found[0] != found[1] or list(here) != list(there):
+                    what = (
+                        f"{name} {found[0]} here and {found[1]} there"
+                        if found[0] != found[1]
+                        else f"the order {', '.join(here)} here and {', '.join(there)} there"
+                    )
                     raise GraphError(
                         f"{where}: expected the same trainable parameters, in the same order, as level "
-                        f"{problem.start!r}; found {name} {found[0]} here and {found[1]} there. Build both from one "
-                        f"module class."
+                        f"{problem.start!r}; found {what}. Build both from one module class."
                     )
 
     def _check_warmups(self) -> None:

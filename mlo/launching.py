@@ -31,20 +31,26 @@ if torch.distributed.is_available():  # not in every build of PyTorch
 
 
 def is_launched() -> bool:
-    """Return whether `torchrun`, or what sets the same variables, started this process as one of several.
+    """Return whether `torchrun`, or what sets the same variables, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _missing()
+
+
+def check_variables() -> None:
+    """Refuse a process that was started as one of several without all variables that they find each other by.
 
     Raises:
-        MloError: only some of the variables are set.
+        MloError: naming what is missing.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not {"RANK", "LOCAL_RANK"} & os.environ.keys():
-        return False
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "LOCAL_RANK"} & os.environ.keys()
+    if started and (missing := _missing()):
         raise MloError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected the variables that torchrun sets; found no "
             f"{' and no '.join(missing)}. Start the processes with torchrun, or set them all."
         )
-    return True
+
+
+def _missing() -> list[str]:
+    return [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
 
 
 def start_processes(num_processes: int | None) -> None:

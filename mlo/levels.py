@@ -107,9 +107,9 @@ class Variables:
         for name, p in zip(self.names, self.parameters, strict=True):
             if p._backward_hooks:
                 raise MloError(
-                    f"level {level!r}: expected parameters without hooks, as its steps are differentiated; found one "
-                    f"on {name}, which acts on the steps alone. Put what it does into the loss or the optimizer, or "
-                    f"choose mlo.FirstOrder(), which differentiates no steps."
+                    f"level {level!r}: expected parameters without hooks, as steps are differentiated; found one on "
+                    f"{name}, which is meant for the gradient of a step alone. Put what it does into the loss or the "
+                    f"optimizer, or choose mlo.FirstOrder(), which differentiates no steps."
                 )
 
     @property

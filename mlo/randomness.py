@@ -12,7 +12,6 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,6 @@ import torch
 
 # The global generators are those that users' losses draw from. Looked up once, as they are seeded for every loss call.
 _seed_python, _seed_numpy, _seed_torch = random.seed, np.random.seed, torch.default_generator.manual_seed
-
-
-@dataclass
-class _Alike:
-    """What `drawn_alike` draws from: a key that all processes share, and how often it has been used."""
-
-    key: int | None = None
-    count: int = 0
-
-
-_alike = _Alike()
 
 
 def random_key(*parts: int | str) -> int:
@@ -44,15 +32,8 @@ def term_key(key: int, rank: int, term: int) -> int:
     return random_key(key, rank, term) if rank or term else key
 
 
-def seed_generators(key: int, device: torch.device, alike: int | None = None) -> None:
-    """Seed the global generators of Python, NumPy, torch on the CPU and torch on `device`.
-
-    Args:
-        key: the seed.
-        device: whose generator it is.
-        alike: the seed of what all processes draw alike; `key` by default.
-    """
-    _alike.key, _alike.count = key if alike is None else alike, 0
+def seed_generators(key: int, device: torch.device) -> None:
+    """Seed the global generators of Python, NumPy, torch on the CPU and torch on `device`."""
     _seed_python_and_numpy(key)
     _seed_torch_on(key, device)
 
@@ -70,29 +51,6 @@ def _seed_python_and_numpy(key: int) -> None:
     _seed_numpy(key & 0xFFFFFFFF)
 
 
-@contextmanager
-def drawn_alike(device: torch.device) -> Iterator[None]:
-    """Let several processes that evaluate a loss together draw the same numbers from torch within the block.
-
-    For what belongs to variables rather than to a batch, such as a sampled architecture: of dropout masks and the like
-    each process has its own. Elsewhere than in a loss of an engine the block draws as if it were not there.
-
-    Args:
-        device: that is drawn on.
-    """
-    if _alike.key is None:
-        yield
-        return
-    states = generator_states(device, only_torch=True)
-    count = _alike.count
-    _seed_torch_on(random_key(_alike.key, "alike", count), device)
-    try:
-        yield
-    finally:
-        set_generator_states(states, device)
-        _alike.count = count + 1
-
-
 def were_drawn_from(key: int) -> bool:
     """Return whether Python's or NumPy's generator was drawn from since `seed_generators(key)`.
 
@@ -104,13 +62,12 @@ def were_drawn_from(key: int) -> bool:
 
 
 class GeneratorStates:
-    """Where the global generators of Python, NumPy, torch on the CPU and torch on a device stand, and `drawn_alike`.
+    """Where the global generators of Python, NumPy, torch on the CPU and torch on a device stand.
 
     Those of Python and NumPy are None where they were left out.
     """
 
     def __init__(self, python: Any, numpy: Any, torch_states: tuple[torch.Tensor, ...]) -> None:
-        self.alike = _alike.count
         self.python = python
         self.numpy = numpy
         self.torch = torch_states
@@ -119,7 +76,6 @@ class GeneratorStates:
         """Whether both would draw the same."""
         return (
             isinstance(other, GeneratorStates)
-            and self.alike == other.alike
             and all(map(torch.equal, self.torch, other.torch))
             and self.python == other.python
             and (self.numpy is None) == (other.numpy is None)
@@ -144,7 +100,6 @@ def generator_states(device: torch.device, *, only_torch: bool = False) -> Gener
 
 def set_generator_states(states: GeneratorStates, device: torch.device) -> None:
     """Put the global generators back to where they stood."""
-    _alike.count = states.alike
     if states.numpy is not None:
         random.setstate(states.python)
         np.random.set_state(states.numpy)  # noqa: NPY002
@@ -156,11 +111,21 @@ def set_generator_states(states: GeneratorStates, device: torch.device) -> None:
 
 
 @contextmanager
-def isolated(device: torch.device) -> Iterator[None]:
-    """Give the caller's generators back unchanged, whatever is drawn in the block."""
-    states, key = generator_states(device), _alike.key
+def seeded_apart(key: int, device: torch.device) -> Iterator[None]:
+    """Draw from torch's generators as if they had been seeded with `key`, and go on with them as they were."""
+    states = generator_states(device, only_torch=True)
+    _seed_torch_on(key, device)
     try:
         yield
     finally:
         set_generator_states(states, device)
-        _alike.key = key
+
+
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Give the caller's generators back unchanged, whatever is drawn in the block."""
+    states = generator_states(device)
+    try:
+        yield
+    finally:
+        set_generator_states(states, device)

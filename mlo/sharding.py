@@ -12,7 +12,7 @@ Each process has batches of its own, and a loss is the mean over them: FSDP aver
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,24 +87,38 @@ class ShardedVariables(Variables):
 
 
 class ShardedView(LevelView):
-    """A sharded level, or a part of its module, as a loss sees it: to be called, its parameters are not at hand."""
+    """A sharded level as a loss sees it: to be called, its parameters are not at hand."""
 
     __slots__ = ()
 
     def __getattr__(self, name: str) -> Any:
-        return self._checked(super().__getattr__(name), f".{name}")
+        return _no_parameter(super().__getattr__(name), f".{name}")
 
     def __getitem__(self, key: Any) -> Any:
-        return self._checked(super().__getitem__(key), f"[{key!r}]")
+        return _no_parameter(super().__getitem__(key), f"[{key!r}]")
 
-    @staticmethod
-    def _checked(value: Any, read: str) -> Any:
-        if isinstance(value, nn.Parameter) or read in (".parameters", ".named_parameters"):
-            raise GraphError(
-                f"a loss reads {read} of a level that is sharded by fully_shard; expected it to call the module, as "
-                f"FSDP gathers parameters, and their gradients, in calls alone. Compute what is needed in its forward."
-            )
-        return ShardedView(value, value) if isinstance(value, nn.Module) else value
+
+def refuse_reads(nodes: Iterable[Any]) -> None:
+    """Refuse a loss that was made of shards themselves, given the operations that it was made by.
+
+    Raises:
+        GraphError: a parameter was read, and not by FSDP.
+    """
+    for node in nodes:
+        if _is_distributed(getattr(node, "variable", None)):
+            raise GraphError(_READ.format("a parameter"))
+
+
+def _no_parameter(value: Any, read: str) -> Any:
+    if isinstance(value, nn.Parameter) or read in (".parameters", ".named_parameters"):
+        raise GraphError(_READ.format(read))
+    return value
+
+
+_READ = (
+    "a loss reads {} of a level that is sharded by fully_shard; expected it to call the module, as FSDP gathers "
+    "parameters, and their gradients, in calls alone. Compute what is needed in its forward."
+)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -70,6 +70,7 @@ class Stream:
         self._log: list[tuple[Position, Any]] = []
         self._rewinds = 0
         self._base: dict[str, Any] | None = None  # of stateful data, from before the pending batches were drawn
+        self._base_position = Position()
         self._served_since_base = 0
 
     def next(self) -> Any:
@@ -93,7 +94,7 @@ class Stream:
         """Serve the batches that were drawn within the block again after it."""
         start, mark = self.position, len(self._log)
         if isinstance(self._data, Stateful) and not self._pending and not self._rewinds:
-            self._base, self._served_since_base = self._data.state_dict(), 0
+            self._base, self._base_position, self._served_since_base = self._data.state_dict(), start, 0
         served = self._served_since_base
         self._rewinds += 1
         try:
@@ -124,6 +125,8 @@ class Stream:
             pending = bool(self._pending)
             state["data"] = self._base if pending else self._data.state_dict()
             state["skip"] = self._served_since_base if pending else 0
+            began = self._base_position if pending else self.position
+            state["began"] = [began.epoch, began.index]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,8 +136,9 @@ class Stream:
         position = Position(state["epoch"], state["index"], tuple(state["generators"]))
         if isinstance(self._data, Stateful):
             self._data.load_state_dict(state["data"])
-            self._drawn = Position(position.epoch, position.index - state["skip"], position.generators)
-            if position.index:
+            epoch, index = state["began"]
+            self._drawn = Position(epoch, index, position.generators)
+            if self._drawn.index:
                 self._iterator = iter(self._data)
             skip = state["skip"]
         else:
@@ -182,6 +186,8 @@ class Stream:
             self._data.load_state_dict(self._data.state_dict())
             self._iterator = iter(self._data)
             return
+        if isinstance(self._data, DataLoader) and self._data.persistent_workers:
+            self._data._iterator = None  # one that begins anew draws otherwise than the first time
         self._begin(failed.epoch, failed.generators)
         try:
             for _ in range(failed.index):

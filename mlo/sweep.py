@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from mlo.arithmetic import Gradient, accumulate, add, dense, norm, scaled, split, summed
-from mlo.autodiff import Call, Gradients, aliases, check_twice_differentiable
+from mlo.autodiff import Call, Gradients, aliases, check_twice_differentiable, twice_differentiable
 from mlo.calls import Calls
 from mlo.errors import MloError
 from mlo.levels import Tensors, Undo
@@ -293,7 +293,7 @@ class Step:
     ) -> dict[str, Tensors]:
         """Go back through the graph of dF_p/dw_p along a direction."""
         inputs, gradient = source
-        kept = self._kept
+        own, kept = self.call.levels[self.level], self._kept
         wanted = {q: inputs[q] for q in targets}
         flat = [t for tensors in wanted.values() for t in tensors]
         if kept is not None and (*targets,) != (self.level,):  # its own variables lead into no kept call
@@ -305,7 +305,7 @@ class Step:
             if g is not None and d is not None and g.requires_grad
         ]
         if pairs:  # the direction is no input: it may itself depend on the weights, by an earlier product
-            with self._second_derivatives(gradient):
+            with self._second_derivatives(gradient), twice_differentiable(nested=own.nested):
                 grads = torch.autograd.grad(
                     [g for g, _ in pairs],
                     flat,
@@ -372,7 +372,7 @@ class Step:
             inputs = self._inputs(values, targets)
             found = self._total(values, targets, own)
             sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
-        change = tuple(None if a is None or b is None else a - b for b, a in zip(*sides, strict=True))
+        change = tuple(_less(a, b) for b, a in zip(*sides, strict=True))
         return self._split(change, inputs)
 
     def gradient_at(self, weights: Tensors, ends: Ends | None = None) -> Gradient:
@@ -446,7 +446,13 @@ class Step:
             yield inputs, self._repeated(values, own, create_graph=True).of[self.level]
             return
         with self.call.differentiated(
-            values, own, create_graph=True, replay=self._kept, follows=targets, only=targets or own
+            values,
+            own,
+            create_graph=True,
+            replay=self._kept,
+            follows=targets,
+            only=targets or own,
+            outlives=self.create_graph,  # a nest goes through it again after the block
         ) as found:
             yield inputs, found.of[self.level]
 
@@ -483,7 +489,7 @@ class Step:
         """Say what to do about an operation that has no second derivative."""
         try:
             if self.level not in self.context.examined:
-                check_twice_differentiable(gradient)
+                check_twice_differentiable(gradient, thrice=self.call.levels[self.level].nested)
                 self.context.examined.add(self.level)
             yield
         except RuntimeError as error:
@@ -578,6 +584,13 @@ class Solve:
             if member.final is not None and (found := member.final.member(level)) is not None:
                 return found
         return None
+
+
+def _less(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a - b, None counting as zero: one of two evaluations alone may have been given a kept call back."""
+    if a is None or b is None:
+        return a if b is None else -b
+    return a - b
 
 
 @dataclass(frozen=True)
@@ -693,6 +706,8 @@ def sweep(
         assert member is not None
         if start not in targets or member.start is not solve.end[start]:
             start = None
+        for q in targets if member.steps else ():
+            call.levels[q].variables.refuse_hooks(q)  # they would act on each part of the hypergradient
         response = Response(p, targets, member.steps, solve.end, memory, journal, start, member.complete)
         for q, c in context.estimators[p].pullback(dense(gradient, world[p].tensors), response).items():
             if q in targets:

@@ -69,8 +69,9 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         running: Any = self
         running.num_batches_tracked += 1
         momentum = 1 / float(running.num_batches_tracked) if self.momentum is None else self.momentum
-        running.running_mean.lerp_(mean, momentum)
-        running.running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
+        unbiased = variance * (count / max(count - 1, 1))
+        running.running_mean.lerp_(mean.to(running.running_mean.dtype), momentum)
+        running.running_var.lerp_(unbiased.to(running.running_var.dtype), momentum)
 
 
 def synchronize_batch_norm(module: nn.Module, group: Group = "auto") -> nn.Module:

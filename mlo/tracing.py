@@ -11,7 +11,9 @@ from mlo.autodiff import Backend, Level, aliases, nodes_of
 from mlo.errors import GraphError
 from mlo.graph import Graph
 from mlo.levels import Undo
+from mlo.sharding import refuse_reads
 from mlo.state import LevelState
+from mlo.trees import tensors_in
 
 
 def trace(
@@ -42,7 +44,11 @@ def trace(
                         _check_closure(variables, name, option.sum(), "hyperparameters", ())
                 _check_outside(graph, name, accessed)
                 level = levels[name]
+                for other in level.names:
+                    levels[other].variables.reshard()  # as they are when a loss is evaluated
                 before = {other: _versions(variables[other]) for other in level.names}
+                content = tensors_in([part.batch for part in call.parts])
+                written = _versions(content)
                 keeps = name not in graph.structure.tops and graph[name].hypergradient.kept_graphs != 0
                 keeps = keeps and not level.variables.sharded
                 with Undo() as bound:
@@ -57,7 +63,14 @@ def trace(
                         f"the loss of level {name!r}: expected one that changes no variables; found that it writes "
                         f"into those of {other!r}. Leave that to the level's optimizer."
                     )
-            if any(node.name().endswith("CheckpointFunctionBackward") for node in nodes_of([loss])):
+            if written != _versions(content):
+                raise GraphError(
+                    f"the loss of level {name!r}: expected one that leaves its batch as it is, which it is given again "
+                    f"for each derivative; found that it writes into it. Take a copy: batch.clone()."
+                )
+            if any(levels[other].variables.sharded for other in level.names):
+                refuse_reads(nodes_of([loss]))
+            elif any(node.name() == "CheckpointFunctionBackward" for node in nodes_of([loss])):
                 raise GraphError(
                     f"the loss of level {name!r}: expected gradients that torch.autograd.grad can take; found a call "
                     f"of torch.utils.checkpoint with use_reentrant=True, which leaves out those of the parameters "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,19 +23,23 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     if isinstance(tree, list):
         items = [map_tensors(item, function) for item in tree]
-        if type(tree) is list:
-            return items
-        changed = copy.copy(tree)
-        changed[:] = items
-        return changed
+        return items if type(tree) is list else _like(tree, items, enumerate(items))
     if isinstance(tree, dict):
         values = {key: map_tensors(value, function) for key, value in tree.items()}
-        if type(tree) is dict:
-            return values
-        result = copy.copy(tree)
-        result.update(values)
-        return result
+        return values if type(tree) is dict else _like(tree, values, values.items())
     return tree
+
+
+def _like(tree: Any, plain: Any, entries: Iterable[tuple[Any, Any]]) -> Any:
+    """Return a container of a subclass with other entries: the plain one where it does not take them."""
+    try:
+        changed = copy.copy(tree)
+        for key, value in entries:
+            if tree[key] is not value:
+                changed[key] = value
+    except Exception:  # noqa: BLE001 - whatever it raises: it cannot be written into
+        return plain
+    return changed
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

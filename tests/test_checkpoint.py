@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mlo
 from mlo.checkpoint import FORMAT, read_checkpoint, write_checkpoint
+from mlo.streams import Stream
 
 from .toys import assert_same_state, state_of, three_levels
 
@@ -94,6 +95,35 @@ def test_data_with_a_state_of_its_own_resumes_exactly(tmp_path, make, queried):
     second.load(tmp_path / "a.pt")
     second.run(4, progress=False)
     assert_same_state(state_of(second), state_of(whole))
+
+
+class Epochs(Counter):
+    """Three batches an epoch."""
+
+    def __iter__(self):
+        while self.position < 3:
+            self.position += 1
+            yield self.position
+        self.position = 0
+
+
+@pytest.mark.parametrize("ahead", range(5))
+@pytest.mark.parametrize("served", range(5))
+def test_batches_looked_at_over_the_end_of_an_epoch(ahead, served):
+    def make():
+        return Stream("w", Epochs(), 0, torch.device("cpu"))
+
+    stream = make()
+    stream.next()
+    with stream.rewound():
+        for _ in range(ahead):
+            stream.next()
+    found = [stream.next() for _ in range(served)]
+    state = stream.state_dict()
+    other = make()
+    other.load_state_dict(state)
+    found += [other.next() for _ in range(4)]
+    assert found == [(1 + i) % 3 + 1 for i in range(served + 4)]
 
 
 @pytest.mark.parametrize("queried", [False, True])

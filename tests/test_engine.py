@@ -3,6 +3,7 @@
 import math
 import random
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -485,9 +486,17 @@ def test_batches_keep_their_kinds():
         def first(self):
             return self[0]
 
+    class Closed(dict):
+        def __setitem__(self, key, value):
+            raise NotImplementedError
+
     module = nn.Linear(1, 1)
-    batch = Items([Batch(x=torch.ones(1, 1)), 3])
-    loss = lambda levels, batch: levels.w(batch.first.x).sum()  # noqa: E731
+    batch = Items([Batch(x=torch.ones(1, 1)), Counter(a=3), Closed(x=torch.ones(1, 1))])
+
+    def loss(levels, batch):
+        assert batch[1] == Counter(a=3)
+        return levels.w(batch.first.x + batch[2]["x"]).sum()
+
     problem = mlo.Problem("w", module, loss, torch.optim.SGD(module.parameters(), lr=0.1), [batch])
     mlo.Engine(mlo.Graph([problem]), device="cpu").run(1, progress=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,13 +78,14 @@ class Implicit(Hypergradient):
                 return {}
             b = system.flat(cotangent)
 
-            def solve(b: Tensor) -> Tensor:
+            def solve(b: Tensor, response: Response) -> Tensor:
                 with torch.no_grad():
                     return self.solve(system.hessian, b, response, system).x
 
-            x = solve(b)
-            if step.create_graph:
-                x = _differentiable(system, solve, b, x)
+            x = solve(b, response)
+            if step.create_graph:  # solutions with other right-hand sides are nothing to start from, nor to remember
+                kept = {name: t for name, t in response.memory.items() if name != "solution"}
+                x = _differentiable(system, lambda b: solve(b, replace(response, memory=dict(kept))), b, x)
             found = product(system.direction(-x), response.targets, create_graph=step.create_graph)
         decay = step.pull_back_hyperparameters(system.decay_cotangent(-x), response.targets)
         return accumulate(found, decay)
@@ -96,6 +98,7 @@ class System:
         indices: of the parameters that take part.
         parameters: their values.
         key: of random draws.
+        is_scaled: whether the loss above is scaled (fp16), so that a right-hand side may overflow.
     """
 
     def __init__(self, step: Step, product: SecondOrder) -> None:
@@ -106,6 +109,7 @@ class System:
         self._count = len(step.weights)
         self.parameters = [step.weights[i] for i in self.indices]
         self.key = step.call.key
+        self.is_scaled = step.call.parts[0].backend.autocast == torch.float16
         dtypes = {t.dtype for t in self.parameters}
         self._dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float64
         self._determined = any(isinstance(decay, Tensor) for decay in decays.values())

@@ -60,8 +60,8 @@ class Neumann(Implicit):
 
     def solve(self, operator: LinearOperator, b: Tensor, response: Response, system: System) -> Solution:
         """Sum the series, and report how it went."""
-        length = float(torch.linalg.vector_norm(b, float("inf")))
-        if not 0 < length < float("inf"):  # an overflow in fp16 is for the loss scale to see
+        largest = float(torch.linalg.vector_norm(b, float("inf")))
+        if largest == 0 or (system.is_scaled and not largest < float("inf")):  # which is for the loss scale to see
             return Solution(b * 0)
         scale = self._automatic_scale(operator, b, response, system) if self.scale == "auto" else float(self.scale)
         start = self.remembered(response, "solution", b) if self.warm_start else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from mlo.randomness import drawn_alike
+from mlo.distributed import drawn_alike
 
 
 class Relaxation(abc.ABC):

@@ -6,10 +6,10 @@ from itertools import chain
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mlo
-from mlo.distributed import from_first, whole_world
-from mlo.randomness import drawn_alike
+from mlo.distributed import drawn_alike, from_first, whole_world
 
 from .processes import in_two_processes
 from .quadratics import relative_error
@@ -500,6 +500,31 @@ def test_what_belongs_to_variables_can_be_drawn_alike(processes):
         assert not set(own) & set(other_own)
         assert len({*shared, *own}) == 4
     assert len({shared[0] for shared, _ in first}) == len({own[0] for _, own in first})  # per term and step
+
+
+def test_draws_alike_are_repeated_in_recomputed_activations_and_never_twice():
+    """They follow from torch's generator, which `torch.utils.checkpoint` puts back."""
+    device, gradients = torch.device("cpu"), []
+    for recomputes in (False, True):
+        drawn = []
+
+        def noisy(x, drawn=drawn):
+            with drawn_alike(device):
+                drawn.append(torch.rand(3))
+                with drawn_alike(device):
+                    drawn.append(torch.rand(3))
+            drawn.append(torch.rand(3))
+            return (x * torch.stack(drawn[-3:])).sin()
+
+        torch.manual_seed(0)
+        x = torch.ones(3, requires_grad=True)
+        for _ in range(2):
+            (checkpoint(noisy, x, use_reentrant=False) if recomputes else noisy(x)).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    first = torch.stack(drawn)
+    assert len(first.unique()) == 18  # of two passes, each made twice
+    assert len(first) == 12
 
 
 def test_all_hear_of_what_fails_in_the_first(processes):

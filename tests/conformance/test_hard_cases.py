@@ -555,6 +555,134 @@ def test_momentum_that_is_off_for_a_while_in_a_nest():
         assert (level.verdict, level.error < 1e-8) == ("exact", True)
 
 
+@pytest.mark.parametrize("estimator", [mlo.FiniteDifference(), mlo.SAMA()], ids=repr)
+def test_a_kept_call_that_is_given_back_on_one_side_of_a_difference(estimator):
+    """Its argument has no gradient, and follows from the level's own weights."""
+
+    class Scaling(Vectors):
+        def forward(self, x):
+            return self.u * x
+
+    def make(calls):
+        def fit(levels, batch):
+            flips = float(levels.low.w[0] > 1.00005)
+            x = torch.tensor([1.0, 1.0 + 1e-9 * flips], dtype=torch.float64)
+            image = levels.up(x) if calls else levels.up.u * x
+            return (levels.low.w - image.exp()).square().sum()
+
+        low, up = Vectors(w=[1.0, 0.3]), Scaling(u=[0.2, 0.4])
+        return pair(low, up, fit, lambda levels, batch: (levels.low.w - 2).square().sum(), estimator)
+
+    found, expected = (make(calls).hypergradient("up")["u"] for calls in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert expected.abs().min() > 0.1
+
+
+@pytest.mark.parametrize("estimator", [mlo.FiniteDifference(), mlo.Unroll(), mlo.Neumann(scale=0.1)], ids=repr)
+def test_hooks_on_parameters_of_an_upper_level(estimator):
+    """They would act on each part of the hypergradient, and not on the step."""
+
+    def make(estimator):
+        low, up = Vectors(w=[0.3, -0.2]), Vectors(u=[0.5, 1.5])
+        up.u.register_hook(lambda g: g.clamp(-0.05, 0.05))
+
+        def fit(levels, batch):
+            return (levels.low.w - levels.up.u).square().sum()
+
+        def judge(levels, batch):
+            return levels.low.w.square().sum() + levels.up.u.square().sum()
+
+        return pair(low, up, fit, judge, estimator)
+
+    with pytest.raises(mlo.MloError, match="level 'up': expected parameters without hooks"):
+        make(estimator).run(1, progress=False)
+    engine = make(mlo.FirstOrder())
+    assert engine.hypergradient("up")["u"].tolist() == [0.05, 0.05]
+    engine.run(1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "inside", [mlo.ConjugateGradient(), mlo.Neumann(terms=3, scale=0.1), mlo.Nystrom(damping=0.1)], ids=repr
+)
+def test_recomputed_activations_inside_an_implicit_level_of_a_nest_are_refused(inside):
+    def recomputed(levels, batch):
+        return checkpoint(lambda a: (a.sin() - levels.l1.w).square().sum(), levels.l0.a, use_reentrant=False) + (
+            levels.l0.z.square().sum()
+        )
+
+    losses = (
+        recomputed,
+        lambda levels, _: (levels.l0.a * levels.l2.u + levels.l1.w).square().mean(),
+        lambda levels, _: (levels.l0.a - levels.l1.w - 1).square().mean(),
+    )
+    engine = nest((inside, mlo.Unroll(), mlo.Unroll()), losses, detached=(mlo.Edge("l0", "l2"),))
+    with pytest.raises(mlo.MloError, match=r"'l0'.*part of a nest.*torch.utils.checkpoint"):
+        engine.hypergradient("l2")
+
+
+@pytest.mark.parametrize("kind", [mlo.Neumann, mlo.ConjugateGradient])
+def test_warm_starts_in_a_nest_are_of_the_same_right_hand_side(kind):
+    """In the first round there is nothing to start from; the derivative of a solution is solved for anew."""
+    losses = (inner, middle, outer)
+    options = {"terms": 3, "scale": 0.1} if kind is mlo.Neumann else {"iterations": 2}
+    found, expected = (
+        nest((kind(**options, warm_start=warm), mlo.Unroll(), mlo.Unroll()), losses, steps=(2, 1, 1)).hypergradient(
+            "l2"
+        )
+        for warm in (True, False)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_attention_whose_activations_are_recomputed():
+    class Attention(nn.Linear):
+        def attend(self, x):
+            return nn.functional.scaled_dot_product_attention(*super().forward(x).chunk(3, -1))
+
+        def forward(self, x):
+            return checkpoint(self.attend, x, use_reentrant=False)
+
+    def make(estimator):
+        torch.manual_seed(0)
+        low, up = Attention(4, 12), nn.Linear(4, 4)
+        x, y = torch.randn(2, 3, 5, 4)
+        return pair(
+            low.double(), up.double(),
+            lambda levels, _: (levels.low(x.double()) - levels.up(y.double())).square().mean(),
+            lambda levels, _: (levels.low(y.double()) - x.double()).square().mean(), estimator,
+        )  # fmt: skip
+
+    expected = make(mlo.FiniteDifference(1e-4)).hypergradient("up")
+    for estimator in (mlo.Unroll(), mlo.Unroll(graphs=0)):
+        torch.testing.assert_close(make(estimator).hypergradient("up"), expected, rtol=1e-6, atol=1e-10)
+    make(mlo.ConjugateGradient(damping=0.1)).run(1, progress=False)
+
+
+def test_a_loss_that_writes_into_its_batch_is_refused():
+    low, up = nn.Linear(2, 2), nn.Linear(2, 2)
+    engine = pair(
+        low, up, lambda levels, x: (levels.low(x.mul_(0.5)) - levels.up(x)).square().mean(),
+        lambda levels, x: levels.low(x).square().mean(), mlo.FiniteDifference(), data=[torch.ones(3, 2)],
+    )  # fmt: skip
+    with pytest.raises(mlo.GraphError, match=r"the loss of level 'low': expected one that leaves its batch as it is"):
+        engine.run(1, progress=False)
+
+
+def test_layer_normalization_by_other_names_is_refused_in_a_nest():
+    x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses = (
+        lambda levels, _: (
+            torch.ops.aten.layer_norm((x * levels.l0.a).tanh() - levels.l1.w, [2]).pow(3).mean()
+            + levels.l0.z.square().sum()
+        ),
+        lambda levels, _: (levels.l0.a * levels.l2.u + levels.l1.w).square().mean(),
+        lambda levels, _: (levels.l1.w - 1).square().mean(),
+    )
+    engine = nest((mlo.Unroll(),) * 3, losses)
+    with pytest.raises(mlo.MloError, match="expected layer normalization by torch\\.nn\\.LayerNorm"):
+        engine.hypergradient("l2")
+
+
 def test_layer_normalization_in_a_nest():
     """PyTorch's third derivative of it is wrong, silently: with it the hypergradient of l2 is off by 3e-4 here."""
     norm = nn.LayerNorm(4, elementwise_affine=False)

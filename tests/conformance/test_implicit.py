@@ -395,6 +395,37 @@ def test_conjugate_gradients_of_a_short_cotangent(length):
     torch.testing.assert_close(found / length, torch.linalg.solve(matrix, b))
 
 
+def test_conjugate_gradients_stop_at_negative_curvature_where_the_residual_was_least():
+    """Before that, a direction of hardly any curvature takes a step of any length."""
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+        values = torch.linspace(0.1, 1.5, 12, dtype=torch.float64)
+        values[0] = -0.005
+        matrix, b = basis * values @ basis.T, torch.randn(12, generator=generator, dtype=torch.float64)
+        found = conjugate_gradient(lambda v, matrix=matrix: matrix @ v, b, iterations=20)
+        assert found.figures["negative_curvature"] == 1
+        residual = float((b - matrix @ found.x).norm() / b.norm())
+        assert residual == pytest.approx(found.figures["residual"])
+        assert residual <= 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_neumann_says_what_is_not_finite_where_no_loss_is_scaled(precision):
+    lower, upper = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    sgd = torch.optim.SGD
+    levels = [
+        mlo.Problem("lower", lower, lambda levels, x: (levels.lower(x) - levels.upper(x)).square().mean(),
+                    sgd(lower.parameters(), 0.1), [torch.ones(2, 1)], hypergradient=mlo.Neumann()),
+        mlo.Problem("upper", upper, lambda levels, x: (levels.lower(x) * 1e30).float().square().mean(),
+                    sgd(upper.parameters(), 0.1), [torch.ones(2, 1)]),
+    ]  # fmt: skip
+    graph = mlo.Graph(levels, [mlo.Edge("upper", "lower"), mlo.Edge("lower", "upper")])
+    with pytest.raises(mlo.DivergenceError, match="the terms of the series grow, to nan"):
+        mlo.Engine(graph, device="cpu", precision=precision).run(1, progress=False)
+    assert torch.isfinite(upper.weight).all()
+
+
 def test_nystrom_leaves_a_divergence_to_the_loss():
     lower, upper = Vector([0.3, -0.2]), Vector([0.5, 1.5])
 

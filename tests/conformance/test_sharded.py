@@ -101,6 +101,7 @@ def in_process(rank, folder):
         "messages": messages(rank),
         "between": [[called_between(rollback, called) for called in (False, True)] for rollback in (False, True)],
         "gradients": gradients_left(),
+        "parts": parts_called(),
         "projections": projections(rank),
     }
 
@@ -117,6 +118,9 @@ def messages(rank):
         "file": lambda: build(CASES[0], rank).save("/proc/nothing.pt"),
         "clip_norm": clipped,
         "attribute": lambda: by_attribute(lambda low: low.weight.full_tensor().square().sum()).run(1, progress=False),
+        "part": lambda: by_attribute(
+            lambda low: low[0].weight.full_tensor().square().sum(), nn.Sequential(nn.Linear(4, 4))
+        ).run(1, progress=False),
         "parameters": lambda: by_attribute(lambda low: sum(p.sum() for p in low.parameters())).run(1, progress=False),
     }
     found = {}
@@ -169,8 +173,21 @@ def called_between(rollback, called):
     return flat(engine.hypergradient("top").values())
 
 
-def by_attribute(read):
-    return small(judge=lambda levels, batch: read(levels.low) + (levels.low(batch) - batch).square().mean())
+def by_attribute(read, low=None):
+    return small(low, judge=lambda levels, batch: read(levels.low) + (levels.low(batch) - batch).square().mean())
+
+
+def parts_called():
+    """Parts of a sharded module are modules, which may be looked through and called after the whole."""
+    low = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    fully_shard(low[0])
+
+    def judge(levels, batch):
+        whole = levels.low(batch)
+        parts = [part for part in levels.low.children() if isinstance(part, nn.Linear)]
+        return whole.square().mean() + parts[0](batch).square().mean() + isinstance(levels.low[1], nn.Tanh)
+
+    return small(low, judge=judge).run(1, progress=False)["top.loss"]
 
 
 def gradients_left():
@@ -244,6 +261,7 @@ def test_messages(processes):
         "reads .weight of a level that is sharded by fully_shard; expected it to call the module" in said["attribute"]
     )
     assert "reads .parameters of a level that is sharded" in said["parameters"]
+    assert "reads a parameter of a level that is sharded" in said["part"]
 
 
 def test_the_module_may_be_called_between_rounds(processes):
@@ -254,6 +272,10 @@ def test_the_module_may_be_called_between_rounds(processes):
 
 def test_no_gradients_are_left_behind(processes):
     assert all(of_rank["gradients"] == [None] * 4 for of_rank in processes[1])
+
+
+def test_parts_of_a_sharded_module_are_modules(processes):
+    assert all(of_rank["parts"] > 1 for of_rank in processes[1])
 
 
 def test_buffers_are_those_of_the_first_process(processes):
