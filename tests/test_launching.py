@@ -175,7 +175,8 @@ def test_variables_that_are_missing_are_named(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert not is_launched()  # some other program's
     monkeypatch.setenv("RANK", "1")
-    done = CliRunner().invoke(main, ["list"])
+    assert CliRunner().invoke(main, ["list"]).exit_code == 0
+    done = CliRunner().invoke(main, ["run", "lbt/digits"])
     assert done.exit_code == 2
     assert "WORLD_SIZE=2: expected the variables that torchrun sets; found no LOCAL_RANK and no MASTER" in done.output
 
