@@ -93,8 +93,8 @@ def add(a: Gradient, b: Gradient) -> Gradient:
 
 def scaled(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
     """Return tensors times a number, in their own dtypes."""
-    if isinstance(factor, Tensor):
-        factor = factor.reshape(())  # an option of an optimizer may have one entry in any shape
+    if isinstance(factor, Tensor) and factor.dim():
+        factor = factor.reshape(())  # an option of an optimizer may have its one entry in any shape
     if torch.is_grad_enabled():  # the derivatives of the fused operation fail where only some of its outputs are used
         return [t * (factor.to(t.dtype) if isinstance(factor, Tensor) else factor) for t in tensors]
     if not tensors:

@@ -61,6 +61,7 @@ class Level:
         nested: whether levels of the graph are solved within a nest, so that third derivatives may be taken.
         parts: of the module, itself the first.
         names: of the level and all that it reads.
+        kind_of_view: what losses see the module as: a class that is given it, and what to call in its place.
         view: of the module as first-order passes call it.
         habits: of the calls that its loss makes.
     """
@@ -77,6 +78,7 @@ class Level:
     buffers: Buffers = field(init=False)
     parts: tuple[nn.Module, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
+    kind_of_view: type[LevelView] = field(init=False)
     view: LevelView = field(init=False)
     habits: Habits = field(init=False, default_factory=Habits)
 
@@ -85,17 +87,14 @@ class Level:
         call = self.module if self.compiled is None else self._call_compiled
         object.__setattr__(self, "parts", tuple(self.module.modules()))
         object.__setattr__(self, "variables", find_variables(self.module))
-        object.__setattr__(self, "view", self.viewed(call))
+        object.__setattr__(self, "kind_of_view", ShardedView if self.variables.sharded else LevelView)
+        object.__setattr__(self, "view", self.kind_of_view(self.module, call))
         object.__setattr__(self, "buffers", Buffers(self.parts))
 
     def look_over(self) -> None:
         """Find the parts and the buffers that the module has now: some are put in, or registered, late."""
         object.__setattr__(self, "parts", tuple(self.module.modules()))
         self.buffers.find(self.parts)
-
-    def viewed(self, call: Callable[..., Any]) -> LevelView:
-        """Return the level as losses see it, where a call of it is to be one of `call`."""
-        return (ShardedView if self.variables.sharded else LevelView)(self.module, call)
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self.buffers.look()
@@ -203,11 +202,11 @@ class LossCall:
         def view(name: str) -> LevelView:
             level = self.levels[name]
             if name != self.level and replay is not None:
-                return level.viewed(replay.player(name, level.module, used))
+                return level.kind_of_view(level.module, replay.player(name, level.module, used))
             if name != self.level and record is not None:
-                return level.viewed(record.recorder(name, level.parts))
+                return level.kind_of_view(level.module, record.recorder(name, level.parts))
             as_it_is = double_backward or accessed is not None
-            return level.viewed(level.module) if as_it_is else level.view
+            return level.kind_of_view(level.module, level.module) if as_it_is else level.view
 
         views = {name: view(name) for name in own.names}
         terms = own.terms if self.objective is None else (self.objective,)
@@ -271,7 +270,10 @@ class LossCall:
             tensors = self.constants.get(name, values.get(name, self.levels[name].variables.tensors))
             attached = create_graph and name in own.attached and name in values
             bound[name] = tensors if attached else tuple(t.detach() for t in tensors)
-        views = {name: self.levels[name].viewed(self.levels[name].module) for name in own.reads}
+        views = {
+            name: self.levels[name].kind_of_view(self.levels[name].module, self.levels[name].module)
+            for name in own.reads
+        }
         levels = Levels(self.level, views, self.progress, what="hyperparameters")
         with Undo() as undo, torch.set_grad_enabled(create_graph):
             self.put_in_force(bound, undo)
