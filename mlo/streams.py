@@ -182,7 +182,10 @@ class Stream:
     def _begin_again(self) -> None:
         """Begin an epoch, or go on in one in which a read has failed, where it failed."""
         failed = self._drawn
-        if isinstance(self._data, Stateful) and failed.index:
+        if not failed.index:
+            self._begin(failed.epoch, failed.generators)
+            return
+        if isinstance(self._data, Stateful):
             self._data.load_state_dict(self._data.state_dict())
             self._iterator = iter(self._data)
             return

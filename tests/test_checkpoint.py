@@ -97,6 +97,40 @@ def test_data_with_a_state_of_its_own_resumes_exactly(tmp_path, make, queried):
     assert_same_state(state_of(second), state_of(whole))
 
 
+class FailingOnce(torch.utils.data.Dataset):
+    """Its third item cannot be read as long as a file is there."""
+
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 3 and self.flag.exists():
+            self.flag.unlink()
+            raise OSError("disk")
+        return index
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_worker_that_fails_to_read_leaves_the_order_of_the_epoch(tmp_path, persistent):
+    def served(*, fails):
+        flag, found = tmp_path / "flag", []
+        if fails:
+            flag.touch()
+        data = DataLoader(FailingOnce(flag), shuffle=True, num_workers=1, persistent_workers=persistent)
+        stream = Stream("w", data, 0, torch.device("cpu"))
+        while len(found) < 20:
+            try:
+                found.append(int(stream.next()))
+            except OSError:
+                assert flag.exists() is False
+        return found
+
+    assert served(fails=True) == served(fails=False)
+
+
 class Epochs(Counter):
     """Three batches an epoch."""
 
