@@ -207,6 +207,11 @@ class Graph:
             raise GraphError(
                 f"{where}: expected an optimizer that steps without a closure; found LBFGS. Choose SGD or Adam."
             )
+        if any(group.get("differentiable") for group in problem.optimizer.param_groups):
+            raise GraphError(
+                f"{where}: expected differentiable=False; found True. Leave it out: an estimator such as mlo.Unroll() "
+                f"differentiates steps by rules of its own."
+            )
         members = {id(p) for p in problem.module.parameters()}
         held = [p for group in problem.optimizer.param_groups for p in group["params"]]
         foreign = [p for p in held if id(p) not in members]

@@ -63,6 +63,12 @@ MISTAKES = {
         lambda: mlo.Graph([problem("a", SHARED, optimizer=torch.optim.LBFGS(SHARED.parameters()))]),
         "level 'a', optimizer LBFGS: expected an optimizer that steps without a closure",
     ),
+    "differentiable": (
+        lambda: mlo.Graph(
+            [problem("a", SHARED, optimizer=torch.optim.SGD(SHARED.parameters(), lr=1.0, differentiable=True))]
+        ),
+        "level 'a', optimizer SGD: expected differentiable=False; found True",
+    ),
     "optimizer without rule": (
         lambda: mlo.Graph(
             [
