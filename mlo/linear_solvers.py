@@ -45,7 +45,8 @@ def conjugate_gradient(
 
     Stops early when the residual's norm is at most `tolerance` times that of b, at a direction of no positive curvature
     (there the quadratic has no minimum; Steihaug 1983), and before a product that is not finite. Then the iterate of
-    the least residual is returned: along a direction of hardly any curvature the last one has gone far off.
+    the least residual is returned, zero only if there is no other: along a direction of hardly any curvature the last
+    one has gone far off.
 
     Args:
         operator: H.
@@ -75,13 +76,13 @@ def conjugate_gradient(
     z = r if preconditioner is None else preconditioner(r)
     p, rz = z, torch.dot(r, z)
     residual, done, negative = float(torch.linalg.vector_norm(r)), 0, 0
-    best = (residual, x)
+    best = (residual, x) if start is not None else None
     while done < iterations and residual > tolerance:
         hp = damped(p)
         curvature = torch.dot(p, hp)
         if not float(curvature) > 0 or not bool(torch.isfinite(hp).all()):
             negative = int(float(curvature) <= 0)
-            residual, x = best
+            residual, x = best or (residual, x)
             break
         step = rz / curvature
         x, r = torch.addcmul(x, p, step), torch.addcmul(r, hp, step, value=-1)
@@ -89,7 +90,7 @@ def conjugate_gradient(
         previous, rz = rz, torch.dot(r, z)
         p = torch.addcmul(z, p, rz / previous)
         residual, done = float(torch.linalg.vector_norm(r)), done + 1
-        if residual < best[0]:
+        if best is None or residual < best[0]:
             best = (residual, x)
     return Solution(x * length, {"residual": residual, "iterations": done, "negative_curvature": negative})
 
