@@ -363,9 +363,9 @@ def test_lower_precision_trains_and_stays_finite(precision):
     assert cosine > 0.9
 
 
-def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
+def overflowing(factor):
+    """A level whose loss, or its gradient alone, is not finite as long as `factor[0]` is too large."""
     module = nn.Linear(1, 1)
-    factor = [1e30]
     problem = mlo.Problem(
         "w",
         module,
@@ -373,27 +373,18 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
         torch.optim.SGD(module.parameters(), lr=0.1),
         None,
     )
-    engine = mlo.Engine(mlo.Graph([problem]), device="cpu", precision="fp16")
+    return mlo.Engine(mlo.Graph([problem]), device="cpu", precision="fp16"), module
+
+
+def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
+    factor = [1e35]  # times the scale, this overflows float32
+    engine, module = overflowing(factor)
     before = module.weight.item()
-    factor[0] = 1e35  # times the scale, this overflows float32
     engine.run(1, progress=False)
     assert module.weight.item() == before
     factor[0] = 1.0
     engine.run(1, progress=False)
     assert module.weight.item() == pytest.approx(before - 0.1)
-
-
-def overflowing(factor, precision="fp16"):
-    """A level whose loss, or its gradient alone, is not finite as long as `factor[0]` is not."""
-    module = nn.Linear(1, 1)
-    problem = mlo.Problem(
-        "w",
-        module,
-        lambda levels, batch: (levels.w(torch.ones(1, 1)).float() * factor[0]).sum(),
-        torch.optim.SGD(module.parameters(), lr=0.1),
-        None,
-    )
-    return mlo.Engine(mlo.Graph([problem]), device="cpu", precision=precision), module
 
 
 def test_fp16_skips_a_step_whose_loss_is_not_finite():
