@@ -20,7 +20,7 @@ from mlo.optimizers import clip
 from mlo.problem import Problem
 from mlo.randomness import random_key
 from mlo.sharding import distributed_like, whole
-from mlo.streams import Stream
+from mlo.streams import Stream, shared_generators
 from mlo.sweep import Weights
 
 
@@ -269,14 +269,11 @@ def check_generators(states: Mapping[str, LevelState]) -> None:
     Raises:
         CheckpointError: they do.
     """
-    owners: dict[int, str] = {}
-    for name, state in states.items():
-        for generator in state.stream.generators():
-            if owners.setdefault(id(generator), name) != name:
-                raise CheckpointError(
-                    f"data of levels {owners[id(generator)]!r} and {name!r}: expected a generator for each; found "
-                    f"one that both draw from. Give each DataLoader a torch.Generator of its own, or none."
-                )
+    for first, second in shared_generators({name: state.problem.data for name, state in states.items()}):
+        raise CheckpointError(
+            f"data of levels {first!r} and {second!r}: expected a generator for each; found one that both draw from. "
+            f"Give each DataLoader a torch.Generator of its own, or none."
+        )
 
 
 def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -105,10 +105,6 @@ class Stream:
             del self._log[mark:]
             self.position, self._served_since_base = start, served
 
-    def generators(self) -> list[torch.Generator]:
-        """Return the torch generators that the data draws from by itself."""
-        return find_generators(self._data)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on exactly here.
 
@@ -205,12 +201,12 @@ class Stream:
             return self.position.generators
         if self._pending:
             return self._pending[0][0].generators
-        return self._drawn.generators or tuple(g.get_state() for g in find_generators(self._data))
+        return self._drawn.generators or tuple(g.get_state() for g in _generators(self._data))
 
     def _begin(self, epoch: int, states: tuple[Tensor, ...]) -> None:
         """Begin an epoch, with the data's own generators as they are, or as they were when it was begun before."""
         assert self._data is not None
-        generators = find_generators(self._data)
+        generators = _generators(self._data)
         for generator, state in zip(generators, states, strict=False):
             generator.set_state(state)
         self._drawn = Position(epoch, 0, tuple(g.get_state() for g in generators))
@@ -244,7 +240,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return map_tensors(batch, lambda t: t if t.device == device else t.to(device, non_blocking=True))
 
 
-def find_generators(data: Any) -> list[torch.Generator]:
+def shared_generators(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Give the pairs of levels whose data draw from one torch generator, given the data of each."""
+    owners: dict[int, str] = {}
+    for name, own in data.items():
+        for generator in _generators(own):
+            first = owners.setdefault(id(generator), name)
+            if first != name:
+                yield first, name
+
+
+def _generators(data: Any) -> list[torch.Generator]:
     """Return the torch generators that a `DataLoader` and its samplers draw from, each once."""
     found: dict[int, torch.Generator] = {}
     owners = (data, *_samplers(data)) if isinstance(data, DataLoader) else ()

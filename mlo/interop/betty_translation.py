@@ -17,7 +17,7 @@ from mlo.hypergradients import SAMA, ConjugateGradient, FiniteDifference, FirstO
 from mlo.interop.betty_schedule import Dependencies, Schedule, find_dependencies, find_schedule
 from mlo.problem import Problem
 from mlo.sharding import is_sharded
-from mlo.streams import find_generators
+from mlo.streams import shared_generators
 
 Settings = Mapping[str, str | int | float]
 """Arguments of a `betty.configs.Config`."""
@@ -274,16 +274,12 @@ def _of_edges(dependencies: Dependencies) -> Iterator[Obstacle]:
 
 
 def _of_data(graph: Graph) -> Iterator[Obstacle]:
-    owners: dict[int, str] = {}
-    for problem in graph.levels:
-        for generator in find_generators(problem.data):
-            first = owners.setdefault(id(generator), problem.name)
-            if first != problem.name:
-                yield Obstacle(
-                    f"data of levels {first!r} and {problem.name!r}",
-                    "both draw from one generator, and Betty begins to read them in another order",
-                    "Give each a torch.Generator of its own, or none",
-                )
+    for first, second in shared_generators({problem.name: problem.data for problem in graph.levels}):
+        yield Obstacle(
+            f"data of levels {first!r} and {second!r}",
+            "both draw from one generator, and Betty begins to read them in another order",
+            "Give each a torch.Generator of its own, or none",
+        )
 
 
 def _of_schedule(graph: Graph, schedule: Schedule, dependencies: Dependencies) -> Iterator[Obstacle]:
