@@ -1,5 +1,6 @@
 """mlo: multi-level optimization on PyTorch."""
 
+from mlo.arithmetic import Tensors
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, DivergenceError, GraphError, MloError, ProcessLostError, RecipeError
 from mlo.graph import Edge, Graph
@@ -15,7 +16,7 @@ from mlo.hypergradients import (
     Penalty,
     Unroll,
 )
-from mlo.levels import Levels, Output, Sum, Tensors
+from mlo.levels import Levels, Output, Sum
 from mlo.optimizers import register_optimizer
 from mlo.problem import Problem
 from mlo.sweep import Response, Step

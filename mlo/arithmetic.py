@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from mlo.distributed import Group, reduced
-from mlo.levels import Tensors
+
+Tensors = tuple[Tensor, ...]
+"""A level's variables, or a cotangent of them: one tensor a parameter, in the order of `named_parameters()`."""
 
 Gradient = tuple[Tensor | None, ...]
 """A gradient as autograd gives it: None where the loss does not depend on the parameter."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlo.arithmetic import Gradient, add, split
+from mlo.arithmetic import Gradient, Tensors, add, split
 from mlo.calls import Calls, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.errors import GraphError, MloError
-from mlo.levels import Buffers, Copies, Levels, LevelView, Output, Sum, Tensors, Undo, Variables
+from mlo.levels import Buffers, Copies, Levels, LevelView, Output, Sum, Undo, Variables
 from mlo.normalization import LayerNormInSteps
 from mlo.randomness import seed_generators, term_key, were_drawn_from
 from mlo.sharding import ShardedVariables, ShardedView, find_variables
@@ -411,7 +411,9 @@ class LossCall:
                     autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
                 )
             flat = [t for name in wrt for t in inputs.get(name, ())]
-            flat += replay.leaves if replay is not None else ()
+            cut = replay if replay is not None else record if record is not None and record.cuts else None
+            leaves = cut.leaves if cut is not None else []
+            flat += leaves
             grads: Gradient = (None,) * len(flat)
             if output.loss.requires_grad and flat and in_place:
                 grads = self._backward(output.loss * scale, inputs, wrt)
@@ -423,7 +425,7 @@ class LossCall:
                     flat,
                     torch.ones_like(output.loss, requires_grad=True) if create_graph else None,
                     create_graph=create_graph,
-                    retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
+                    retain_graph=create_graph or cut is not None,  # a side channel may lead into a kept graph
                     allow_unused=True,
                 )
         if scale != 1.0:
@@ -561,7 +563,7 @@ Call = LossCall | MeanCall
 
 
 class Gradients(NamedTuple):
-    """A loss, its metrics and its gradients by level; `leaves` are the cotangents of a replayed call's cut points."""
+    """A loss, its metrics and its gradients by level; `leaves` are the cotangents of the kept calls' stand-ins."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor | float]

@@ -4,10 +4,11 @@ As long as the levels that a loss reads stand still, a second evaluation of the 
 cotangent of them is pulled back once through the kept graph. That is how a level's mixed product costs no second
 forward pass of the levels it reads, whatever the loss is.
 
-The first evaluation is an ordinary one: the loss gets the real outputs, and only notes are taken. A call is given back
-later only where it provably is the same one: equal arguments, none of them written into since, none made from variables
-except by another kept call; and, where several processes evaluate the loss together, the same one in each of them, as
-they would otherwise go different ways back. Random draws of a call that is not made are skipped in all generators.
+The first evaluation is an ordinary one: the loss gets the real outputs, and only notes are taken; or it gets stand-ins
+at once, if the derivative by them is wanted as one side of a difference. A call is given back later only where it
+provably is the same one: equal arguments, none of them written into since, none made from variables except by another
+kept call; and, where several processes evaluate the loss together, the same one in each of them, as they would
+otherwise go different ways back. Random draws of a call that is not made are skipped in all generators.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlo.distributed import Group, agreed, are_equal
+from mlo.arithmetic import Gradient, add
+from mlo.distributed import Group, are_equal
 from mlo.randomness import GeneratorStates, generator_states, set_generator_states
 from mlo.trees import map_tensors, tensors_in
 
@@ -47,7 +49,8 @@ class Habits:
     Attributes:
         misses: by level, how often in a row a call of its module had to be made again although calls were kept.
         draws: whether the loss or a module that it calls drew from Python's or NumPy's generator.
-        keeps_graphs: whether graphs of the level's steps are worth keeping: none was out of date when it was wanted.
+        keeps_graphs: whether graphs and partial derivatives of the level's steps are worth keeping: no graph was out of
+            date when it was wanted, and the loss reads the level by its module.
     """
 
     misses: dict[str, int] = field(default_factory=dict)
@@ -94,14 +97,19 @@ class Calls:
         device: whose random generator the calls may draw from.
         habits: of the loss, brought up to date.
         group: the processes that evaluate the loss together; a call is given back in all of them or in none.
+        cuts: whether the loss gets stand-ins in the first evaluation, too.
 
     Attributes:
         calls: those kept, in their order.
+        cuts: the same.
+        forgotten: whether calls were made that are not kept any more.
         term: the place of the term of the loss that is being evaluated.
     """
 
-    def __init__(self, device: torch.device, habits: Habits, group: Group = None) -> None:
+    def __init__(self, device: torch.device, habits: Habits, group: Group = None, *, cuts: bool = False) -> None:
         self.calls: list[Call] = []
+        self.cuts = cuts
+        self.forgotten = False
         self.term = 0
         self._device = device
         self._habits = habits
@@ -110,11 +118,11 @@ class Calls:
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
     def settle(self) -> None:
-        """Keep no call at all where one of several processes keeps none, so that all go the same way back.
+        """Keep no call in any of several processes where some keep calls and some do not: all go the same way back.
 
         They call it together, before kept calls are used.
         """
-        if not self._settled and agreed(int(not self.calls), self._group):
+        if not self._settled and not are_equal(2 if self.forgotten else int(bool(self.calls)), self._group):
             self.forget()
         self._settled = True
 
@@ -144,7 +152,7 @@ class Calls:
             return output  # or write through an alias
         after = generator_states(self._device, only_torch=not self._habits.draws)
         self.calls.append(Call(level, self.term, arguments, output, None if before == after else after))
-        return self._hand_out(len(self.calls) - 1, lambda output, _: output.clone())
+        return self._hand_out(len(self.calls) - 1, _stand_in if self.cuts else _copy)
 
     def player(self, level: str, module: nn.Module, used: set[int]) -> Callable[..., Any]:
         """Return a function that gives kept calls of a module back, each once, and makes a call that was not kept.
@@ -165,7 +173,7 @@ class Calls:
             states = self.calls[index].states
             if states is not None:
                 set_generator_states(states, self._device)
-            return self._hand_out(index, lambda output, leaf: (output if leaf is None else leaf).clone())
+            return self._hand_out(index, _stand_in)
 
         return play
 
@@ -181,22 +189,31 @@ class Calls:
         """Keep none of the calls made so far."""
         self.calls.clear()
         self._origins.clear()
+        self.forgotten = True
 
     def pull_back(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Pull cotangents of `leaves` back through the kept graphs onto `inputs` (one entry each, None for zero).
 
+        Where the loss got stand-ins at once, a graph ends at those of the calls before, whose turn is then to come.
         What does not require a gradient is no parameter, and no kept graph leads there.
         """
-        outputs = [output for call in self.calls for output in call.graph_outputs]
-        pairs = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if c is not None]
-        if not pairs:
-            return (None,) * len(inputs)
-        reached, grad_outputs = zip(*pairs, strict=True)
-        parameters = [t for t in inputs if t.requires_grad]
+        parameters, leaves = [t for t in inputs if t.requires_grad], self.leaves
         if not parameters:
             return (None,) * len(inputs)
-        found = iter(torch.autograd.grad(reached, parameters, grad_outputs, retain_graph=True, allow_unused=True))
-        return tuple(next(found) if t.requires_grad else None for t in inputs)
+        total: Gradient = (None,) * len(parameters)
+        waiting, end = tuple(cotangents), len(leaves)
+        for calls in [[call] for call in reversed(self.calls)] if self.cuts else [self.calls]:
+            outputs = [output for call in calls for output in call.graph_outputs]
+            begin = end - len(outputs)
+            pairs = [(output, c) for output, c in zip(outputs, waiting[begin:], strict=True) if c is not None]
+            before = leaves[:begin]  # of the calls that these ones may have been given outputs of
+            waiting, end = waiting[:begin], begin
+            if pairs:
+                reached, along = zip(*pairs, strict=True)
+                found = torch.autograd.grad(reached, parameters + before, along, retain_graph=True, allow_unused=True)
+                total, waiting = add(total, found[: len(parameters)]), add(waiting, found[len(parameters) :])
+        each = iter(total)
+        return tuple(next(each) if t.requires_grad else None for t in inputs)
 
     def _hand_out(self, index: int, copy: Callable[[Tensor, Tensor | None], Tensor]) -> Any:
         """Return copies of a call's output, which the loss may write into, and remember where they are from."""
@@ -246,6 +263,14 @@ class Calls:
         if isinstance(noted, dict):
             return noted.keys() == given.keys() and all(self._same(v, given[k]) for k, v in noted.items())
         return bool(noted == given)
+
+
+def _copy(output: Tensor, leaf: Tensor | None) -> Tensor:  # noqa: ARG001
+    return output.clone()
+
+
+def _stand_in(output: Tensor, leaf: Tensor | None) -> Tensor:
+    return (output if leaf is None else leaf).clone()
 
 
 def _is_compiled(part: nn.Module) -> bool:

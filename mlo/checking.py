@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlo.arithmetic import dense
+from mlo.arithmetic import Tensors, dense
 from mlo.autodiff import Gradients
 from mlo.errors import GraphError, MloError
 from mlo.graph import Graph
 from mlo.hypergradients import Claim
-from mlo.levels import Tensors, Variables
+from mlo.levels import Variables
 from mlo.randomness import random_key
 from mlo.script import Script
 from mlo.sharding import is_sharded

@@ -11,12 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlo.arithmetic import dense
+from mlo.arithmetic import Tensors, dense
 from mlo.autodiff import Call, Gradients
 from mlo.errors import GraphError, MloError
 from mlo.graph import Graph
 from mlo.hypergradients import FirstOrder, Penalty, Unroll
-from mlo.levels import Tensors
 from mlo.optimizers import has_update_rule
 from mlo.sharding import is_sharded
 from mlo.sweep import Context, Solve, Step, World, newest_first, sweep

@@ -152,8 +152,6 @@ class Engine:
             align(problem.module, group)
             move_optimizer(problem.optimizer, self._backend.device)
         calls = self._compiled(compile)
-        inside = graph.structure.inside
-        nested = any(inside[q] for inner in inside.values() for q in inner)
         self._levels = {
             p.name: Level(
                 p.name,
@@ -163,7 +161,7 @@ class Engine:
                 graph.structure.reads[p.name],
                 p.hyperparameters,
                 calls.get(p.name),
-                nested,
+                nested=bool(graph.structure.nested),
             )
             for p in graph.levels
         }
@@ -426,6 +424,7 @@ class Engine:
         repeatable: bool = False,
         reuses: bool = False,
         keeps_graph: bool = False,
+        keeps_partials: bool = False,
     ) -> Step | None:
         """Step a level, after solving those inside it.
 
@@ -435,6 +434,7 @@ class Engine:
             repeatable: the levels inside are recorded in full, so that the step's objective can be repeated.
             reuses: keep the calls of other levels' modules for the step's products.
             keeps_graph: keep the graph of the step's gradient for them.
+            keeps_partials: keep the derivatives by the levels that the loss reads.
         """
         inside = self.graph.structure.inside[name]
         diagnosed = bool(inside) and self._diagnosing and f"{name}.hypergradient_cosine" not in self._tallies
@@ -447,6 +447,7 @@ class Engine:
                 moves_buffers=True,
                 reuses=reuses,
                 keeps_graph=keeps_graph,
+                keeps_partials=keeps_partials,
                 diagnosed=diagnosed,
             )
         state = self._states[name]
@@ -502,7 +503,12 @@ class Engine:
                 keeps = skips or index >= num - depth
                 reuses = wanted != 0 and index == num - 1 and not structure.inside[q] and recorded
                 step = self._take_step(
-                    q, recorded=keeps, repeatable=keeps, reuses=reuses, keeps_graph=index >= num - graphs
+                    q,
+                    recorded=keeps,
+                    repeatable=keeps,
+                    reuses=reuses,
+                    keeps_graph=index >= num - graphs,
+                    keeps_partials=reuses and estimator.keeps_partials and q not in structure.nested,
                 )
                 if step is not None:
                     steps.append(step.thinned() if len(steps) % segment and not skips else step)
@@ -521,6 +527,7 @@ class Engine:
         moves_buffers: bool,
         reuses: bool = False,
         keeps_graph: bool = False,
+        keeps_partials: bool = False,
         diagnosed: bool = False,
     ) -> tuple[Gradients, Step | None]:
         state = self._states[name]
@@ -529,14 +536,17 @@ class Engine:
         habits = self._levels[name].habits
         precise = self._backend.autocast is None and len(call.parts) == 1  # products are in full precision
         reuses = reuses and precise and any(habits.keeps(q) for q in self.graph.structure.reads[name])
-        calls = Calls(self._backend.device, habits, self._backend.group) if reuses else None
+        read = self.graph.structure.reads[name]
+        sharded = any(self._levels[q].variables.sharded for q in (name, *read))
+        partial = keeps_partials and precise and habits.keeps_graphs and not sharded
+        calls = Calls(self._backend.device, habits, self._backend.group, cuts=partial) if reuses else None
         graphs: list[StepGraph] = []
         found = sweep(
             self._context,
             call,
             solve,
             world,
-            [name],
+            [name, *read] if partial else [name],
             moves_buffers=moves_buffers,
             autocast=True,
             record=calls,
@@ -556,7 +566,18 @@ class Engine:
         parameters = self._levels[name].variables.parameters
         update = Update.capture(problem.optimizer, parameters, gradient, problem.clip_norm, options)
         scale = state.scale.value
-        return found, Step(self._context, call, world, gradient, update, solve, calls, scale=scale, graphs=graphs)
+        return found, Step(
+            self._context,
+            call,
+            world,
+            gradient,
+            update,
+            solve,
+            calls,
+            scale=scale,
+            graphs=graphs,
+            partials=found if partial else None,
+        )
 
     def _next_call(self, name: str, world: World, *, recorded: bool) -> Call:
         """Return the loss of a level's next step: on a new batch, or the one that a script has written down."""

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlo.arithmetic import Tensors
 from mlo.errors import GraphError, MloError
 from mlo.synchronized import SynchronizedBatchNorm
-
-Tensors = tuple[Tensor, ...]
-"""A level's variables, or a cotangent of them: one tensor a parameter, in the order of `named_parameters()`."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SynchronizedBatchNorm)
 

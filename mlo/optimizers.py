@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mlo.arithmetic import Gradient, norm, scaled, summed
+from mlo.arithmetic import Gradient, Tensors, norm, scaled, summed
 from mlo.autodiff import alias, aliases
 from mlo.errors import MloError
-from mlo.levels import Tensors
 from mlo.sharding import local
 
 State = Mapping[str, Tensor]

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from mlo.arithmetic import Gradient
-from mlo.levels import Tensors
+from mlo.arithmetic import Gradient, Tensors
 from mlo.optimizers import OptimizerState
 from mlo.sweep import Context, End, Ends, Member, Response, Solve, Step, Weights, World, like_recorded, sweep, values_of
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mlo.arithmetic import Gradient
+from mlo.arithmetic import Gradient, Tensors
 from mlo.autodiff import Call
-from mlo.levels import Tensors
 from mlo.optimizers import Update
 from mlo.problem import Problem
 from mlo.sweep import World

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlo.arithmetic import Tensors
 from mlo.distributed import Group
 from mlo.errors import GraphError
-from mlo.levels import LevelView, Tensors, Undo, Variables
+from mlo.levels import LevelView, Undo, Variables
 from mlo.trees import map_tensors
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlo.arithmetic import Gradient
+from mlo.arithmetic import Gradient, Tensors
 from mlo.autodiff import Backend, Call, Level, LossCall, MeanCall
 from mlo.calls import Habits
 from mlo.errors import CheckpointError, DivergenceError, MloError
-from mlo.levels import Tensors
 from mlo.optimizers import clip
 from mlo.problem import Problem
 from mlo.randomness import random_key

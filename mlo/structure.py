@@ -23,6 +23,7 @@ class Structure:
         sweep_order: E(p), each level before those that it responds to.
         replay_order: the members of p, each after those that it responds to.
         tops: the levels inside no other, lowest first.
+        nested: the levels inside one that is itself inside another.
     """
 
     def __init__(self, names: Sequence[str], edges: Iterable[tuple[str, str]]) -> None:
@@ -41,6 +42,7 @@ class Structure:
         self.sweep_order: Mapping[str, tuple[str, ...]] = {name: self._sweep_order(name) for name in self.names}
         self.replay_order: Mapping[str, tuple[str, ...]] = {name: self._replay_order(name) for name in self.names}
         self.tops = self._outermost(self.names)
+        self.nested = {q for inside in self.inside.values() for p in inside for q in self.inside[p]}
 
     def _component(self, names: Sequence[str], name: str) -> tuple[str, ...]:
         allowed = set(names)

@@ -23,11 +23,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mlo.arithmetic import Gradient, accumulate, add, dense, norm, scaled, split, summed
+from mlo.arithmetic import Gradient, Tensors, accumulate, add, dense, norm, scaled, split, summed
 from mlo.autodiff import Call, Gradients, aliases, check_twice_differentiable, twice_differentiable
 from mlo.calls import Calls
 from mlo.errors import MloError
-from mlo.levels import Tensors, Undo
+from mlo.levels import Undo
 from mlo.optimizers import OptimizerState, Update, UpdateCotangents
 from mlo.structure import Structure
 
@@ -188,6 +188,8 @@ class Step:
         scale: of the loss in the backward pass.
         thin: whether the level's own weights, gradient and optimizer state are left out, to be recomputed.
         graphs: that of the gradient, if it was kept and no product has used it up.
+        partials: the derivatives of the loss by the level and those that it reads, if they were kept; the loss was
+            given stand-ins for `calls`.
     """
 
     context: Context
@@ -201,6 +203,7 @@ class Step:
     scale: float = 1.0
     thin: bool = False
     graphs: list[StepGraph] = field(default_factory=list)
+    partials: Gradients | None = None
 
     @property
     def level(self) -> str:
@@ -327,24 +330,36 @@ class Step:
             total = accumulate(total, found)
         return {q: tuple(t / len(self.call.parts) for t in tensors) for q, tensors in total.items()}
 
-    def difference(self, direction: Gradient, targets: Sequence[str], radius: float) -> dict[str, Tensors]:
+    def difference(
+        self, direction: Gradient, targets: Sequence[str], radius: float, *, one_sided: bool = False
+    ) -> dict[str, Tensors]:
         """Return what `product` returns, by central differences of dF_p/dw_q at w_p +- radius * v / norm(v).
 
         Relies on the symmetry of second derivatives. Error: O(radius^2) of the third derivative, plus rounding /
         radius.
+
+        Args:
+            direction: v.
+            targets: the levels q.
+            radius: positive.
+            one_sided: take the difference of dF_p/dw_q at w_p + radius * v / norm(v) and at w_p, where the step has
+                kept the latter; the error is then O(radius) of the third derivative.
         """
 
         def side(share: float) -> Tensors:
-            moved = iter(summed(own, across, share))
+            with torch.set_grad_enabled(self.create_graph):
+                moved = iter(summed(own, across, share))
             return tuple(w if d is None else next(moved) for w, d in zip(self.weights, direction, strict=True))
 
+        here = self._partials(targets) if one_sided else None
         with torch.set_grad_enabled(self.create_graph):
             size = norm(direction, self.call.levels[self.level].variables.group)
-            rate = torch.where(size > 0, size, 1.0) * (0.5 / radius)
+            rate = torch.where(size > 0, size, 1.0) * ((0.5 if here is None else 1.0) / radius)
             own = [w for w, d in zip(self.weights, direction, strict=True) if d is not None]
             across = scaled([d for d in direction if d is not None], rate.reciprocal())  # from one side to the other
-            before, after = side(-0.5), side(0.5)
-        change = self.change(before, after, targets)
+        below = self._side(side(-0.5), targets)[0] if here is None else _flat(here, targets)
+        above, inputs = self._side(side(0.5 if here is None else 1.0), targets)
+        change = self._split(_less(above, below), inputs)
         with torch.set_grad_enabled(self.create_graph):
             return {q: tuple(scaled(tensors, rate)) for q, tensors in change.items()}
 
@@ -365,15 +380,16 @@ class Step:
             targets: the levels.
             ends: for each of the two, as for `gradient_at`.
         """
-        sides: list[Gradient] = []
-        inputs: dict[str, Tensors] = {}
-        for weights, own in zip((before, after), ends, strict=True):
-            values = self._values(weights, targets if self.inner is not None else ())
-            inputs = self._inputs(values, targets)
-            found = self._total(values, targets, own)
-            sides.append((*(g for q in targets for g in found.of[q]), *found.leaves))
-        change = tuple(_less(a, b) for b, a in zip(*sides, strict=True))
-        return self._split(change, inputs)
+        below, _ = self._side(before, targets, ends[0])
+        above, inputs = self._side(after, targets, ends[1])
+        return self._split(_less(above, below), inputs)
+
+    def _side(
+        self, weights: Tensors, targets: Sequence[str], ends: Ends | None = None
+    ) -> tuple[Gradient, dict[str, Tensors]]:
+        """Return dF_p/dw_q at other weights, with those by the kept calls' stand-ins, and what targets are read at."""
+        values = self._values(weights, targets if self.inner is not None else ())
+        return _flat(self._total(values, targets, ends), targets), self._inputs(values, targets)
 
     def gradient_at(self, weights: Tensors, ends: Ends | None = None) -> Gradient:
         """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient.
@@ -410,6 +426,16 @@ class Step:
         if not self.calls.calls or not all(self.world[c.level].live for c in self.calls.calls):
             return None
         return self.calls
+
+    def _partials(self, targets: Sequence[str]) -> Gradients | None:
+        """Return the derivatives at the step's own weights, if the step kept them and they still hold."""
+        kept = self._kept  # which forgets the calls where other processes have none
+        if self.partials is None or any(q not in self.partials.of for q in targets):
+            return None
+        if self.calls is not None and self.calls.forgotten:
+            return None
+        usable = len(kept.leaves) if kept is not None else 0
+        return self.partials if len(self.partials.leaves) == usable else None
 
     def _values(self, own: Tensors, inputs: Iterable[str] = ()) -> dict[str, Tensors]:
         """Return the values to evaluate at; levels left out are read live, at their module's own parameters.
@@ -586,11 +612,15 @@ class Solve:
         return None
 
 
-def _less(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+def _flat(found: Gradients, targets: Sequence[str]) -> Gradient:
+    """Return the derivatives by all targets, then those by the kept calls' stand-ins."""
+    return (*(g for q in targets for g in found.of[q]), *found.leaves)
+
+
+def _less(a: Gradient, b: Gradient) -> Gradient:
     """Return a - b, None counting as zero: one of two evaluations alone may have been given a kept call back."""
-    if a is None or b is None:
-        return a if b is None else -b
-    return a - b
+    pairs = zip(a, b, strict=True)
+    return tuple((x if y is None else -y) if x is None or y is None else x - y for x, y in pairs)
 
 
 @dataclass(frozen=True)
@@ -641,7 +671,7 @@ class Response:
         """Return the last recorded step, reading the targets as they are now."""
         step = self.steps[-1]
         moved = {q: self.end[q] for q in self.targets if not step.is_current(q, self.end)}
-        return replace(step, world={**step.world, **moved}, calls=None, graphs=[]) if moved else step
+        return replace(step, world={**step.world, **moved}, calls=None, graphs=[], partials=None) if moved else step
 
 
 def sweep(
@@ -713,7 +743,7 @@ def sweep(
             if q in targets:
                 total[q] = add(total[q], c) if q in total else tuple(c)
     of = {q: total[q] if q in total else (None,) * len(world[q].tensors) for q in wrt}
-    return Gradients(direct.loss, direct.metrics, of)
+    return Gradients(direct.loss, direct.metrics, of, direct.leaves)
 
 
 def _can_keep_graph(call: Call) -> bool:

@@ -49,8 +49,9 @@ def trace(
                 before = {other: _versions(variables[other]) for other in level.names}
                 content = tensors_in([part.batch for part in call.parts])
                 written = _versions(content)
-                keeps = name not in graph.structure.tops and graph[name].hypergradient.kept_graphs != 0
-                keeps = keeps and not level.variables.sharded
+                estimator = graph[name].hypergradient
+                keeps = estimator.kept_graphs != 0 or estimator.keeps_partials
+                keeps = keeps and name not in graph.structure.tops and not level.variables.sharded
                 with Undo() as bound:
                     if keeps:
                         level.variables.bind(aliases(level.variables.tensors, create_graph=False), bound)

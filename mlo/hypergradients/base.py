@@ -6,7 +6,7 @@ import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlo.levels import Tensors
+from mlo.arithmetic import Tensors
 from mlo.sweep import Response
 
 
@@ -65,6 +65,14 @@ class Hypergradient(abc.ABC):
         where one proves to be out of date, the gradient is computed again, and none is kept any more.
         """
         return 0
+
+    @property
+    def keeps_partials(self) -> bool:
+        """Whether the last step keeps the derivatives of its loss by all levels that it reads, for `Step.difference`.
+
+        They are taken in the step's own backward pass. None are kept in nests, in lower precision, or of micro-batches.
+        """
+        return False
 
     @property
     def implicit(self) -> bool:

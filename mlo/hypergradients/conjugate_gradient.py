@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlo.arithmetic import Tensors
 from mlo.hypergradients.base import Claim
 from mlo.hypergradients.checks import check_count, check_number
 from mlo.hypergradients.implicit import Implicit, System
-from mlo.levels import Tensors
 from mlo.linear_solvers import LinearOperator, Solution, conjugate_gradient
 from mlo.sweep import Response
 

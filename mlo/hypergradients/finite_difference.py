@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlo.arithmetic import Gradient
+from mlo.arithmetic import Gradient, Tensors
 from mlo.hypergradients.base import Claim, Hypergradient
-from mlo.hypergradients.checks import check_count, check_number
+from mlo.hypergradients.checks import check_count, check_flag, check_number
 from mlo.hypergradients.steps import pull_back_steps
-from mlo.levels import Tensors
 from mlo.sweep import Response, Step
 
 
@@ -31,21 +30,29 @@ class FiniteDifference(Hypergradient):
 
     Cost: two gradients with respect to the targets a step; the forward passes of other levels are not repeated.
 
+    With `one_sided`, the last step's own gradient takes the place of one of the two: its backward pass gives the
+    derivatives with respect to the targets along with its own. [dL_p/dw_q(w_p + eps a) - dL_p/dw_q(w_p)] / eps has an
+    error of order radius. Earlier steps, and those in nests, in lower precision or of micro-batches, have the central
+    difference.
+
     Args:
         radius: Euclidean norm of the perturbation of w_p, positive.
         last: go back this many steps; None for all.
+        one_sided: take the last step's own gradient for one side of the difference.
 
     Example:
         >>> FiniteDifference()
-        FiniteDifference(radius=0.01, last=1)
+        FiniteDifference(radius=0.01, last=1, one_sided=False)
     """
 
     radius: float = 0.01
     last: int | None = 1
+    one_sided: bool = False
 
     def __post_init__(self) -> None:
         check_number(self, "radius", allow_zero=False)
         check_count(self, "last", none="all steps")
+        check_flag(self, "one_sided")
 
     @property
     def recorded_steps(self) -> int | None:
@@ -57,12 +64,18 @@ class FiniteDifference(Hypergradient):
         """First derivatives are enough."""
         return False
 
+    @property
+    def keeps_partials(self) -> bool:
+        """For the one side."""
+        return self.one_sided
+
     def claim(self, steps: int, num_variables: int) -> Claim:  # noqa: ARG002
-        """Approximate, with an error of order radius^2 where all steps are gone back."""
+        """Approximate, with an error of order radius^2, or radius, where all steps are gone back."""
         if self.last is not None and self.last < steps:
             return Claim(f"{self!r} is truncated: it leaves out the first {steps - self.last} of {steps} steps")
+        order = "radius" if self.one_sided else "radius^2"
         return Claim(
-            f"{self!r} goes back through all {steps} steps, with an error of order radius^2; on losses "
+            f"{self!r} goes back through all {steps} steps, with an error of order {order}; on losses "
             f"with kinks (ReLU, max pooling) it averages over those within its radius"
         )
 
@@ -73,4 +86,4 @@ class FiniteDifference(Hypergradient):
     def _product(self, step: Step, direction: Gradient, targets: Sequence[str]) -> dict[str, Tensors]:
         if step.inner is not None:
             return step.product(direction, targets)
-        return step.difference(direction, targets, self.radius)
+        return step.difference(direction, targets, self.radius, one_sided=self.one_sided)

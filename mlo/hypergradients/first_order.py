@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlo.arithmetic import Tensors
 from mlo.hypergradients.base import Claim, Hypergradient
-from mlo.levels import Tensors
 from mlo.sweep import Response
 
 

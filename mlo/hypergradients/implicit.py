@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.arithmetic import accumulate
+from mlo.arithmetic import Tensors, accumulate
 from mlo.hypergradients.base import Hypergradient
-from mlo.levels import Tensors
 from mlo.linear_solvers import LinearOperator, Solution
 from mlo.sweep import Response, SecondOrder, Step
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlo.arithmetic import Gradient, accumulate, norm
+from mlo.arithmetic import Gradient, Tensors, accumulate, norm
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count, check_number
-from mlo.levels import Tensors
 from mlo.sweep import End, Response, Step
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlo.arithmetic import Tensors
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_number
 from mlo.hypergradients.finite_difference import FiniteDifference
-from mlo.levels import Tensors
 from mlo.sweep import Response
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from mlo.arithmetic import Gradient, accumulate
-from mlo.levels import Tensors
+from mlo.arithmetic import Gradient, Tensors, accumulate
 from mlo.sweep import Response, Step
 
 Product = Callable[[Step, Gradient, Sequence[str]], dict[str, Tensors]]

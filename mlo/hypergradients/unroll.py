@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlo.arithmetic import Tensors
 from mlo.hypergradients.base import Claim, Hypergradient
 from mlo.hypergradients.checks import check_count, check_flag
 from mlo.hypergradients.steps import pull_back_steps
-from mlo.levels import Tensors
 from mlo.sweep import Response, Step
 
 

@@ -193,11 +193,11 @@ def _estimator(problem: Problem, *, middle: bool) -> _Found:
 
 
 def _finite_difference(estimator: Any, problem: Problem, middle: bool) -> _Found:  # noqa: ARG001
-    found = {"type": "darts", "darts_alpha": estimator.radius}
-    if min(estimator.last or problem.steps, problem.steps) == 1:
-        return found, []
-    what = f"Betty goes back one step, not {estimator.last or 'all'} of {problem.steps}"
-    return found, [(what, "Set last=1")]
+    hindrances = [("Betty takes central differences", "Set one_sided=False")] if estimator.one_sided else []
+    if min(estimator.last or problem.steps, problem.steps) > 1:
+        what = f"Betty goes back one step, not {estimator.last or 'all'} of {problem.steps}"
+        hindrances.append((what, "Set last=1"))
+    return {"type": "darts", "darts_alpha": estimator.radius}, hindrances
 
 
 def _sama(estimator: Any, problem: Problem, middle: bool) -> _Found:  # noqa: ARG001

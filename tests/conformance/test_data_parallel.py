@@ -28,6 +28,7 @@ GRAPHS = {
 ESTIMATORS = (
     mlo.FirstOrder(),
     mlo.FiniteDifference(1e-4, last=None),
+    mlo.FiniteDifference(1e-4, last=None, one_sided=True),
     mlo.Unroll(),
     mlo.Unroll(checkpoint=True),
     mlo.Neumann(terms=3),

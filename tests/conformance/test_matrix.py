@@ -16,6 +16,7 @@ STEPS_TAKEN = {  # estimator, tolerance
     "unroll": (mlo.Unroll(), 1e-9),
     "unroll-checkpoint": (mlo.Unroll(checkpoint=True), 1e-9),
     "finite_difference": (mlo.FiniteDifference(radius=1e-4, last=None), 1e-7),  # 10 radius^2
+    "one-sided": (mlo.FiniteDifference(radius=1e-7, last=None, one_sided=True), 1e-6),  # 10 radius
 }
 IMPLICIT = {  # estimator, steps of each lower level, tolerance
     "cg": (mlo.ConjugateGradient(tolerance=1e-12), 18, 1e-6),

@@ -47,6 +47,7 @@ def test_estimators_that_betty_lacks(estimator):
 @pytest.mark.parametrize(
     ("estimator", "expected"),
     [
+        (mlo.FiniteDifference(one_sided=True), "Betty takes central differences. Set one_sided=False."),
         (mlo.FiniteDifference(last=2), "Betty goes back one step, not 2 of 3. Set last=1."),
         (mlo.FiniteDifference(last=None), "Betty goes back one step, not all of 3. Set last=1."),
         (mlo.Neumann(), "Betty does not find the scale itself. Give it, as in mlo.Neumann(scale=0.1)."),

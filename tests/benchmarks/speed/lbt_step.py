@@ -35,6 +35,7 @@ SIZES = {1: (8, 5, 16, 32), 2: (8, 5, 64, 32), 3: (16, 8, 16, 32), 4: (16, 8, 64
 SMALLER = {2: 1, 4: 3}
 """The same networks with fewer images, from which the memory of a large batch is foretold."""
 RADIUS = 0.01
+CENTRAL, ONE_SIDED = mlo.FiniteDifference(RADIUS), mlo.FiniteDifference(RADIUS, one_sided=True)
 
 
 class PublishedCell(SearchCell):
@@ -85,18 +86,28 @@ class Networks:
             ),
         }
 
-    def graph(self) -> mlo.Graph:
+    def graph(self, estimator: mlo.Hypergradient = CENTRAL) -> mlo.Graph:
         lbt, (t, s, u, vt, vs) = LearningByTeaching(), self.batches
         losses = {"teacher": lbt.teacher_loss, "student": lbt.student_loss, "architecture": lbt.architecture_loss}
         data: dict[str, Any] = {"teacher": [t], "student": [(s, u)], "architecture": [(vt, vs)]}
         optimizers = self.optimizers()
-        levels = [mlo.Problem(n, getattr(self, n), loss, optimizers[n], data[n]) for n, loss in losses.items()]
+        levels = [
+            mlo.Problem(n, getattr(self, n), loss, optimizers[n], data[n], hypergradient=estimator)
+            for n, loss in losses.items()
+        ]
         return mlo.Graph(levels, lbt.edges)
 
-    def darts(self) -> mlo.Graph:
+    def darts(self, estimator: mlo.Hypergradient = CENTRAL) -> mlo.Graph:
         search, optimizers = ArchitectureSearch(), self.optimizers()
         levels = [
-            mlo.Problem("network", self.teacher, search.network_loss, optimizers["teacher"], [self.batches[0]]),
+            mlo.Problem(
+                "network",
+                self.teacher,
+                search.network_loss,
+                optimizers["teacher"],
+                [self.batches[0]],
+                hypergradient=estimator,
+            ),
             mlo.Problem(
                 "architecture",
                 self.architecture,
@@ -261,6 +272,7 @@ LBT: dict[str, tuple[str, Any, Any, Callable[[Networks], Work]]] = {
     "Betty, our supernet": ("Betty", FusedCell, LAST, lambda n: with_betty(n.graph())),
     "mlo, plain supernet": ("mlo", PublishedCell, FIRST, lambda n: with_mlo(n.graph())),
     "mlo": ("mlo", FusedCell, LAST, lambda n: with_mlo(n.graph())),
+    "mlo, one-sided": ("mlo", FusedCell, LAST, lambda n: with_mlo(n.graph(ONE_SIDED))),
     "10 forward and 8 backward passes alone": ("", FusedCell, LAST, passes_alone),
 }
 DARTS: dict[str, tuple[str, Any, Any, Callable[[Networks], Work]]] = {
@@ -269,6 +281,7 @@ DARTS: dict[str, tuple[str, Any, Any, Callable[[Networks], Work]]] = {
     "Betty, our supernet": ("Betty", FusedCell, LAST, lambda n: with_betty(n.darts())),
     "mlo, plain supernet": ("mlo", PublishedCell, FIRST, lambda n: with_mlo(n.darts())),
     "mlo": ("mlo", FusedCell, LAST, lambda n: with_mlo(n.darts())),
+    "mlo, one-sided": ("mlo", FusedCell, LAST, lambda n: with_mlo(n.darts(ONE_SIDED))),
 }
 PROBLEMS = {"lbt": LBT, "darts": DARTS}
 
