@@ -534,11 +534,12 @@ class Engine:
         world = self._world()
         call = self._next_call(name, world, recorded=recorded or diagnosed)
         habits = self._levels[name].habits
-        precise = self._backend.autocast is None and len(call.parts) == 1  # products are in full precision
+        full = self._backend.autocast is None  # as products are
+        precise = full and len(call.parts) == 1
         reuses = reuses and precise and any(habits.keeps(q) for q in self.graph.structure.reads[name])
         read = self.graph.structure.reads[name]
         sharded = any(self._levels[q].variables.sharded for q in (name, *read))
-        partial = keeps_partials and precise and habits.keeps_graphs and not sharded
+        partial = keeps_partials and full and habits.keeps_graphs and not sharded
         calls = Calls(self._backend.device, habits, self._backend.group, cuts=partial) if reuses else None
         graphs: list[StepGraph] = []
         found = sweep(

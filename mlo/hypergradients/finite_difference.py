@@ -32,7 +32,7 @@ class FiniteDifference(Hypergradient):
 
     With `one_sided`, the last step's own gradient takes the place of one of the two: its backward pass gives the
     derivatives with respect to the targets along with its own. [dL_p/dw_q(w_p + eps a) - dL_p/dw_q(w_p)] / eps has an
-    error of order radius. Earlier steps, and those in nests, in lower precision or of micro-batches, have the central
+    error of order radius. Earlier steps, those in lower precision, and those of sharded levels have the central
     difference.
 
     Args:

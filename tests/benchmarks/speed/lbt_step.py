@@ -30,7 +30,14 @@ from .memory import available, peak
 from .report import Benchmark, Result, ratio_table, raw
 from .timing import Measured, Method, Work, measure
 
-SIZES = {1: (8, 5, 16, 32), 2: (8, 5, 64, 32), 3: (16, 8, 16, 32), 4: (16, 8, 64, 32), 0: (4, 3, 4, 8)}
+SIZES = {
+    1: (8, 5, 16, 32),
+    2: (8, 5, 64, 32),
+    3: (16, 8, 16, 32),
+    4: (16, 8, 64, 32),
+    5: (8, 5, 16, 16),
+    0: (4, 3, 4, 8),
+}
 """Channels, cells, batch and side of the images; 0 for a quick look."""
 SMALLER = {2: 1, 4: 3}
 """The same networks with fewer images, from which the memory of a large batch is foretold."""
