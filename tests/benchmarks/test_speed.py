@@ -77,6 +77,7 @@ def passes(module):
         ("10 forward and 8 backward passes alone", [5, 5], [5, 3]),
         ("Betty, our supernet", [9, 9], [7, 3]),
         ("mlo", [5, 5], [5, 3]),
+        ("mlo, one-sided", [4, 4], [4, 3]),
     ],
 )
 def test_passes_of_a_step(name, teacher, student):
