@@ -31,6 +31,9 @@ class Solution:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
+_FAR = 10.0
+
+
 def conjugate_gradient(
     operator: LinearOperator,
     b: Tensor,
@@ -45,8 +48,8 @@ def conjugate_gradient(
 
     Stops early when the residual's norm is at most `tolerance` times that of b, at a direction of no positive curvature
     (there the quadratic has no minimum; Steihaug 1983), and before a product that is not finite. Then the iterate of
-    the least residual is returned, zero only if there is no other: along a direction of hardly any curvature the last
-    one has gone far off.
+    the least residual is returned: along a direction of hardly any curvature the last one has gone far off. Zero, whose
+    residual is 1, is returned if there is no other, or if all others have more than 10.
 
     Args:
         operator: H.
@@ -83,6 +86,8 @@ def conjugate_gradient(
         if not float(curvature) > 0 or not bool(torch.isfinite(hp).all()):
             negative = int(float(curvature) <= 0)
             residual, x = best or (residual, x)
+            if residual > _FAR:
+                residual, x = 1.0, torch.zeros_like(b)
             break
         step = rz / curvature
         x, r = torch.addcmul(x, p, step), torch.addcmul(r, hp, step, value=-1)

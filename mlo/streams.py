@@ -51,7 +51,7 @@ class Stream:
 
     Every draw is keyed by (seed, level, epoch, index): the order of a shuffling `DataLoader` and augmentations in the
     main process do not depend on anything else. A `DataLoader` with a generator of its own keeps it; data, or a
-    sampler, with `set_epoch` is told each epoch before it is begun.
+    sampler, with `set_epoch` is told each epoch before it is begun. Stateful data look after generators themselves.
 
     Args:
         name: the level's, for messages and keys.
@@ -135,6 +135,7 @@ class Stream:
             epoch, index = state["began"]
             self._drawn = Position(epoch, index, position.generators)
             if self._drawn.index:
+                self._tell(epoch)
                 self._iterator = iter(self._data)
             skip = state["skip"]
         else:
@@ -201,20 +202,28 @@ class Stream:
             return self.position.generators
         if self._pending:
             return self._pending[0][0].generators
-        return self._drawn.generators or tuple(g.get_state() for g in _generators(self._data))
+        return self._drawn.generators or tuple(g.get_state() for g in self._generators())
 
     def _begin(self, epoch: int, states: tuple[Tensor, ...]) -> None:
         """Begin an epoch, with the data's own generators as they are, or as they were when it was begun before."""
         assert self._data is not None
-        generators = _generators(self._data)
+        generators = self._generators()
         for generator, state in zip(generators, states, strict=False):
             generator.set_state(state)
         self._drawn = Position(epoch, 0, tuple(g.get_state() for g in generators))
-        for owner in (self._data, *_samplers(self._data)):
-            if callable(set_epoch := getattr(owner, "set_epoch", None)):  # such as a DistributedSampler's
-                set_epoch(epoch)
+        self._tell(epoch)
         seed_generators(self._key("epoch", 0), self._device)
         self._iterator = iter(self._data)
+
+    def _tell(self, epoch: int) -> None:
+        """Tell the data and samplers which epoch is begun or gone on with: it keys a `DistributedSampler`'s order."""
+        for owner in (self._data, *_samplers(self._data)):
+            if callable(set_epoch := getattr(owner, "set_epoch", None)):
+                set_epoch(epoch)
+
+    def _generators(self) -> list[torch.Generator]:
+        """Return the generators whose states belong to the position."""
+        return [] if isinstance(self._data, Stateful) else _generators(self._data)
 
     def _key(self, purpose: str, index: int) -> int:
         return random_key(self.seed, self._name, purpose, self._drawn.epoch, index)

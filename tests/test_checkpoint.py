@@ -141,6 +141,75 @@ class Epochs(Counter):
         self.position = 0
 
 
+class Shuffled(Counter):
+    """Five batches an epoch, in an order keyed by the epoch that it is told."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        while self.position < 5:
+            self.position += 1
+            yield order[self.position - 1]
+        self.position = 0
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+@pytest.mark.parametrize("served", range(12))
+def test_stateful_data_are_told_the_epoch_that_they_go_on_in(served, ahead):
+    stream, other = (Stream("w", Shuffled(), 0, torch.device("cpu")) for _ in range(2))
+    for _ in range(served):
+        stream.next()
+    with stream.rewound():
+        for _ in range(ahead):
+            stream.next()
+    other.load_state_dict(stream.state_dict())
+    assert [other.next() for _ in range(12)] == [stream.next() for _ in range(12)]
+
+
+class Lazy(DataLoader):
+    """Draws an epoch's order when its state is asked for, if it has none yet, as torchdata's does."""
+
+    order = None
+
+    def __iter__(self):
+        self._draw()
+        while self.order:
+            yield self.order.pop(0)
+        self.order = None
+
+    def _draw(self):
+        if self.order is None:
+            self.order = list(self.sampler)
+
+    def state_dict(self):
+        self._draw()
+        return {"order": list(self.order), "generator": self.sampler.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.order = list(state["order"])
+        self.sampler.generator.set_state(state["generator"])
+
+
+@pytest.mark.parametrize("served", range(8))
+def test_stateful_data_look_after_their_generators(served):
+    def make():
+        data = TensorDataset(torch.arange(4))
+        sampler = torch.utils.data.RandomSampler(data, generator=torch.Generator().manual_seed(5))
+        return Stream("w", Lazy(data, sampler=sampler), 0, torch.device("cpu"))
+
+    stream, other = make(), make()
+    for _ in range(served):
+        stream.next()
+    other.load_state_dict(stream.state_dict())
+    with other.rewound():
+        pass
+    assert [other.next() for _ in range(10)] == [stream.next() for _ in range(10)]
+
+
 @pytest.mark.parametrize("ahead", range(5))
 @pytest.mark.parametrize("served", range(5))
 def test_batches_looked_at_over_the_end_of_an_epoch(ahead, served):

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
+from mlo.errors import RecipeError
 from mlo.hypergradients import KINDS, Hypergradient
 from mlo.problem import Loss, Problem
 from mlo.recipes.kinds import Buildable, RecipePart, kind_union
@@ -137,6 +138,10 @@ class LevelRecipe(RecipePart):
         """
         optimizer = self.optimizer.build(p for p in module.parameters() if p.requires_grad)
         taken = max(1, total_steps - self.warmup_rounds * self.steps)
+        try:
+            scheduler = self.scheduler.build(optimizer, Span(taken, steps_per_epoch))
+        except RecipeError as error:
+            raise RecipeError(f"level {name!r}, {error}") from error
         return Problem(
             name,
             module,
@@ -145,7 +150,7 @@ class LevelRecipe(RecipePart):
             data,
             hypergradient=self.hypergradient.build(),
             steps=self.steps,
-            scheduler=self.scheduler.build(optimizer, Span(taken, steps_per_epoch)),
+            scheduler=scheduler,
             clip_norm=self.clip_norm,
             micro_batches=self.micro_batches,
             warmup_rounds=self.warmup_rounds,

@@ -78,7 +78,7 @@ class _Schedule(RecipePart, abc.ABC):
         if warmup >= span.total_steps:
             raise RecipeError(
                 f"scheduler: expected a warm-up shorter than the training of {span.total_steps} steps; found one of "
-                f"{warmup} steps"
+                f"{warmup} steps. Lower {'warmup_epochs' if self.warmup_epochs else 'warmup_steps'}, or train longer."
             )
         rising = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
         rest = self._build(optimizer, Span(span.total_steps - warmup, span.steps_per_epoch))

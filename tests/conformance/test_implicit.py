@@ -395,6 +395,13 @@ def test_conjugate_gradients_of_a_short_cotangent(length):
     torch.testing.assert_close(found / length, torch.linalg.solve(matrix, b))
 
 
+def test_conjugate_gradients_that_have_gone_far_off_are_zero():
+    h, b = torch.tensor([1.0, -0.999], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    found = conjugate_gradient(lambda v: h * v, b, iterations=20)
+    assert found.figures == {"residual": 1.0, "iterations": 1, "negative_curvature": 1}
+    assert not found.x.any()
+
+
 def test_conjugate_gradients_stop_at_negative_curvature_where_the_residual_was_least():
     """Before that, a direction of hardly any curvature takes a step of any length."""
     for seed in range(30):

@@ -130,6 +130,16 @@ def test_epochs_need_a_problem_that_counts_them(values):
         read(**values).build(sgd(), Span(10))
 
 
+def test_a_level_whose_schedule_does_not_fit_is_named():
+    level = LevelRecipe.model_validate(
+        {"optimizer": {"kind": "sgd", "learning_rate": 1.0}, "scheduler": {"kind": "cosine", "warmup_epochs": 1}}
+    )
+    with pytest.raises(
+        RecipeError, match=r"^level 'low', scheduler: expected .* Lower warmup_epochs, or train longer\.$"
+    ):
+        level.declare("low", nn.Linear(1, 1), lambda levels, batch: 0, None, total_steps=9, steps_per_epoch=10)
+
+
 def test_a_warm_up_as_long_as_the_training_is_refused():
-    with pytest.raises(RecipeError, match="shorter than the training of 4 steps; found one of 4 steps"):
+    with pytest.raises(RecipeError, match=r"of 4 steps; found one of 4 steps\. Lower warmup_steps, or train longer"):
         read(kind="cosine", warmup_steps=4).build(sgd(), Span(4))
