@@ -102,9 +102,10 @@ class Level:
         return self.compiled(*args, **kwargs)
 
     def computing(self, **changes: Any) -> Level:
-        """Return the level with other functions of the same module; what is known of its buffers stays known."""
+        """Return the level with other functions of the same module; what is known of it stays known."""
         level = replace(self, **changes)
         object.__setattr__(level, "buffers", self.buffers)
+        level.habits.load_state_dict(self.habits.state_dict())
         return level
 
 
@@ -410,10 +411,11 @@ class LossCall:
                 output = self.evaluate(
                     autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
                 )
+            marks = record.marks if record is not None else []
+            if marks:  # the other levels are read through them; asked for themselves, the calls would be gone through
+                inputs = {self.level: inputs[self.level]} if self.level in inputs else {}
             flat = [t for name in wrt for t in inputs.get(name, ())]
-            cut = replay if replay is not None else record if record is not None and record.cuts else None
-            leaves = cut.leaves if cut is not None else []
-            flat += leaves
+            flat += replay.leaves if replay is not None else marks
             grads: Gradient = (None,) * len(flat)
             if output.loss.requires_grad and flat and in_place:
                 grads = self._backward(output.loss * scale, inputs, wrt)
@@ -425,7 +427,7 @@ class LossCall:
                     flat,
                     torch.ones_like(output.loss, requires_grad=True) if create_graph else None,
                     create_graph=create_graph,
-                    retain_graph=create_graph or cut is not None,  # a side channel may lead into a kept graph
+                    retain_graph=create_graph or replay is not None,  # a side channel may lead into a kept graph
                     allow_unused=True,
                 )
         if scale != 1.0:
@@ -563,7 +565,7 @@ Call = LossCall | MeanCall
 
 
 class Gradients(NamedTuple):
-    """A loss, its metrics and its gradients by level; `leaves` are the cotangents of the kept calls' stand-ins."""
+    """A loss, its metrics and its gradients by level; `leaves` are the cotangents of kept calls' stand-ins or marks."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor | float]

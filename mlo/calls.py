@@ -4,11 +4,13 @@ As long as the levels that a loss reads stand still, a second evaluation of the 
 cotangent of them is pulled back once through the kept graph. That is how a level's mixed product costs no second
 forward pass of the levels it reads, whatever the loss is.
 
-The first evaluation is an ordinary one: the loss gets the real outputs, and only notes are taken; or it gets stand-ins
-at once, if the derivative by them is wanted as one side of a difference. A call is given back later only where it
-provably is the same one: equal arguments, none of them written into since, none made from variables except by another
-kept call; and, where several processes evaluate the loss together, the same one in each of them, as they would
-otherwise go different ways back. Random draws of a call that is not made are skipped in all generators.
+The first evaluation is an ordinary one: the loss gets the real outputs, and only notes are taken. A call is given back
+later only where it provably is the same one: equal arguments, none of them written into since, none made from variables
+except by another kept call; and, where several processes evaluate the loss together, the same one in each of them, as
+they would otherwise go different ways back. Random draws of a call that is not made are skipped in all generators.
+
+The derivative of the first evaluation by the kept outputs, one side of a difference, can be taken along with its own
+gradient: by marks, which the loss goes through and other kept calls go past.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlo.arithmetic import Gradient, add
 from mlo.distributed import Group, are_equal
 from mlo.randomness import GeneratorStates, generator_states, set_generator_states
 from mlo.trees import map_tensors, tensors_in
@@ -78,6 +79,7 @@ class Call:
         term: the place of the term of the loss that made it; each has random draws of its own.
         graph_outputs: the tensors of the output that require a gradient.
         leaves: their stand-ins in later evaluations.
+        marks: the places in the graph of the first evaluation where the loss goes on from them.
     """
 
     def __init__(self, level: str, term: int, arguments: Any, output: Any, states: GeneratorStates | None) -> None:
@@ -88,6 +90,7 @@ class Call:
         self.states = states
         self.graph_outputs: list[Tensor] = [t for t in tensors_in(output) if t.requires_grad]
         self.leaves: list[Tensor] = [t.detach().requires_grad_() for t in self.graph_outputs]
+        self.marks: list[Tensor] = []
 
 
 class Calls:
@@ -97,23 +100,22 @@ class Calls:
         device: whose random generator the calls may draw from.
         habits: of the loss, brought up to date.
         group: the processes that evaluate the loss together; a call is given back in all of them or in none.
-        cuts: whether the loss gets stand-ins in the first evaluation, too.
+        marking: whether the derivative of the first evaluation by the kept outputs may be asked for.
 
     Attributes:
         calls: those kept, in their order.
-        cuts: the same.
-        forgotten: whether calls were made that are not kept any more.
+        marked: whether the marks tell all: no call was forgotten, nor was written into what one had been given.
         term: the place of the term of the loss that is being evaluated.
     """
 
-    def __init__(self, device: torch.device, habits: Habits, group: Group = None, *, cuts: bool = False) -> None:
+    def __init__(self, device: torch.device, habits: Habits, group: Group = None, *, marking: bool = False) -> None:
         self.calls: list[Call] = []
-        self.cuts = cuts
-        self.forgotten = False
+        self.marked = marking
         self.term = 0
         self._device = device
         self._habits = habits
         self._group = group
+        self._marking = marking
         self._settled = group is None
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
@@ -122,7 +124,7 @@ class Calls:
 
         They call it together, before kept calls are used.
         """
-        if not self._settled and not are_equal(2 if self.forgotten else int(bool(self.calls)), self._group):
+        if not self._settled and not are_equal(2 * self.marked + bool(self.calls), self._group):
             self.forget()
         self._settled = True
 
@@ -130,6 +132,16 @@ class Calls:
     def leaves(self) -> list[Tensor]:
         """The stand-ins of all outputs, in the order of the calls."""
         return [leaf for call in self.calls for leaf in call.leaves]
+
+    @property
+    def shared(self) -> bool:
+        """Whether several processes have to do alike."""
+        return self._group is not None
+
+    @property
+    def marks(self) -> list[Tensor]:
+        """The marks of all outputs, in the order of `leaves`; none unless they were to be set."""
+        return [mark for call in self.calls for mark in call.marks]
 
     def recorder(self, level: str, parts: Sequence[nn.Module]) -> Callable[..., Any]:
         """Return a function that calls a module, given as all its parts, and keeps the calls that can be kept."""
@@ -145,14 +157,45 @@ class Calls:
             return module(*args, **kwargs)
         attributes, buffers = _attributes(parts), _versions(parts)
         before = generator_states(self._device, only_torch=not self._habits.draws)
-        output = module(*args, **kwargs)
-        if not _is_plain(output) or not _same_tensors(attributes, _attributes(parts)) or buffers != _versions(parts):
-            return output  # a loss, or the module's next call, may go on to read what it left there
-        if _share_memory((args, kwargs), output):
-            return output  # or write through an alias
+        output = self._call_past_marks(module, args, kwargs) if self._marking else module(*args, **kwargs)
+        # A loss, or the module's next call, may go on to read what it left there, or write through an alias.
+        left = not _same_tensors(attributes, _attributes(parts)) or buffers != _versions(parts)
+        if left or not _is_plain(output) or _share_memory((args, kwargs), output):
+            self.marked = self.marked and not any(map(self._origin, tensors_in((args, kwargs))))
+            return output
         after = generator_states(self._device, only_torch=not self._habits.draws)
         self.calls.append(Call(level, self.term, arguments, output, None if before == after else after))
-        return self._hand_out(len(self.calls) - 1, _stand_in if self.cuts else _copy)
+        return self._hand_out(len(self.calls) - 1, self._mark if self._marking else _copy)
+
+    def _mark(self, output: Tensor, leaf: Tensor | None) -> Tensor:
+        if leaf is not None:
+            output = output.view_as(output)
+            self.calls[-1].marks.append(output)
+        return output.clone()
+
+    def _call_past_marks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module with other copies of kept outputs than the loss has, which go on from before their marks."""
+        own: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+        def past(given: Tensor) -> Tensor:
+            if (origin := self._origin(given)) is None:
+                return given
+            if id(given) not in own:
+                index, k = origin
+                copied = self.calls[index].graph_outputs[k].clone()
+                own[id(given)] = given, copied, copied._version
+            return own[id(given)][1]
+
+        args, kwargs = map_tensors((args, kwargs), past)
+        output = module(*args, **kwargs)
+        if not own:
+            return output
+        for given, copied, version in own.values():
+            if copied._version != version:  # the loss is to find what the module wrote
+                given.copy_(copied)
+                self.marked = False
+        givens = {id(copied): given for given, copied, _ in own.values()}
+        return map_tensors(output, lambda t: givens.get(id(t), t))
 
     def player(self, level: str, module: nn.Module, used: set[int]) -> Callable[..., Any]:
         """Return a function that gives kept calls of a module back, each once, and makes a call that was not kept.
@@ -189,31 +232,38 @@ class Calls:
         """Keep none of the calls made so far."""
         self.calls.clear()
         self._origins.clear()
-        self.forgotten = True
+        self.marked = False
+
+    def give_up(self) -> None:
+        """Keep none of the calls, and none of the same levels from now on: they are tied to the loss in other ways."""
+        for call in self.calls:
+            self._habits.misses[call.level] = _PATIENCE
+        self.forget()
+
+    def reach(self, variables: Sequence[Tensor]) -> bool:
+        """Whether kept outputs depend on variables of the level's own, though no argument of the calls does."""
+        outputs = [output for call in self.calls for output in call.graph_outputs]
+        if not outputs or not variables:
+            return False
+        along = [torch.zeros_like(output) for output in outputs]
+        found = torch.autograd.grad(outputs, variables, along, retain_graph=True, allow_unused=True)
+        return any(gradient is not None for gradient in found)
 
     def pull_back(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Pull cotangents of `leaves` back through the kept graphs onto `inputs` (one entry each, None for zero).
 
-        Where the loss got stand-ins at once, a graph ends at those of the calls before, whose turn is then to come.
         What does not require a gradient is no parameter, and no kept graph leads there.
         """
-        parameters, leaves = [t for t in inputs if t.requires_grad], self.leaves
+        outputs = [output for call in self.calls for output in call.graph_outputs]
+        pairs = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if c is not None]
+        if not pairs:
+            return (None,) * len(inputs)
+        reached, grad_outputs = zip(*pairs, strict=True)
+        parameters = [t for t in inputs if t.requires_grad]
         if not parameters:
             return (None,) * len(inputs)
-        total: Gradient = (None,) * len(parameters)
-        waiting, end = tuple(cotangents), len(leaves)
-        for calls in [[call] for call in reversed(self.calls)] if self.cuts else [self.calls]:
-            outputs = [output for call in calls for output in call.graph_outputs]
-            begin = end - len(outputs)
-            pairs = [(output, c) for output, c in zip(outputs, waiting[begin:], strict=True) if c is not None]
-            before = leaves[:begin]  # of the calls that these ones may have been given outputs of
-            waiting, end = waiting[:begin], begin
-            if pairs:
-                reached, along = zip(*pairs, strict=True)
-                found = torch.autograd.grad(reached, parameters + before, along, retain_graph=True, allow_unused=True)
-                total, waiting = add(total, found[: len(parameters)]), add(waiting, found[len(parameters) :])
-        each = iter(total)
-        return tuple(next(each) if t.requires_grad else None for t in inputs)
+        found = iter(torch.autograd.grad(reached, parameters, grad_outputs, retain_graph=True, allow_unused=True))
+        return tuple(next(found) if t.requires_grad else None for t in inputs)
 
     def _hand_out(self, index: int, copy: Callable[[Tensor, Tensor | None], Tensor]) -> Any:
         """Return copies of a call's output, which the loss may write into, and remember where they are from."""
@@ -298,11 +348,14 @@ def _versions(parts: Sequence[nn.Module]) -> list[tuple[int, int]]:
 
 def _share_memory(arguments: Any, output: Any) -> bool:
     """Whether a tensor of the output is an alias of another one or of an argument."""
-    seen = {_storage(t) for t in tensors_in(arguments)}
-    for t in tensors_in(output):
-        if _storage(t) in seen:
-            return True
-        seen.add(_storage(t))
+    try:
+        seen = {_storage(t) for t in tensors_in(arguments)}
+        for t in tensors_in(output):
+            if _storage(t) in seen:
+                return True
+            seen.add(_storage(t))
+    except NotImplementedError:  # of torch.func's transformations
+        return True
     return False
 
 

@@ -64,7 +64,7 @@ from mlo.replay import replay_solve
 from mlo.script import Script
 from mlo.sharding import find_group, is_sharded
 from mlo.state import LevelState, check_generators, move_optimizer
-from mlo.sweep import Context, Journal, Member, Solve, Step, StepGraph, Weights, World, sweep, values_of
+from mlo.sweep import Context, Journal, Member, Partials, Solve, Step, StepGraph, Weights, World, sweep, values_of
 from mlo.tracing import trace
 from mlo.tracking import Callback, ProgressBar, RoundReport, check_callbacks, mean
 from mlo.trees import are_equal_trees
@@ -175,7 +175,7 @@ class Engine:
         self._journal = Journal()
         self._tallies: dict[str, list[Tensor | float]] = {}
         self._script: Script | None = None  # of a check
-        self._traced = False
+        self._traced = self._resumed = False
         self._stopping = False
 
     def run(
@@ -339,6 +339,7 @@ class Engine:
             "total_rounds": self.total_rounds,
             "levels": levels,
             "memory": self._journal.memory,
+            "traced": self._traced or self._resumed,
         }
         streams = gathered({name: own["stream"] for name, own in levels.items()}, self._backend.group)
         if not all(are_equal_trees(own, streams[0]) for own in streams[1:]):
@@ -370,7 +371,7 @@ class Engine:
                 f"{path}: expected a checkpoint of the levels {', '.join(self._states)}; found "
                 f"{', '.join(found) or 'none'}"
             )
-        absent = [key for key in ("seed", "rounds_done", "total_rounds", "memory") if key not in saved]
+        absent = [key for key in ("seed", "rounds_done", "total_rounds", "memory", "traced") if key not in saved]
         if absent:
             raise CheckpointError(f"{path}: expected the state of an engine; found one without {', '.join(absent)}")
         for name, state in self._states.items():
@@ -390,6 +391,7 @@ class Engine:
             for pair, memory in saved["memory"].items()
         }
         self.seed, self.rounds_done, self.total_rounds = saved["seed"], saved["rounds_done"], saved["total_rounds"]
+        self._resumed = saved["traced"]
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
 
@@ -540,7 +542,7 @@ class Engine:
         read = self.graph.structure.reads[name]
         sharded = any(self._levels[q].variables.sharded for q in (name, *read))
         partial = keeps_partials and full and habits.keeps_graphs and not sharded
-        calls = Calls(self._backend.device, habits, self._backend.group, cuts=partial) if reuses else None
+        calls = Calls(self._backend.device, habits, self._backend.group, marking=partial) if reuses else None
         graphs: list[StepGraph] = []
         found = sweep(
             self._context,
@@ -577,7 +579,7 @@ class Engine:
             calls,
             scale=scale,
             graphs=graphs,
-            partials=found if partial else None,
+            partials=Partials.of(call, found) if partial else None,
         )
 
     def _next_call(self, name: str, world: World, *, recorded: bool) -> Call:
@@ -714,8 +716,11 @@ class Engine:
             level.variables.reshard()
             level.look_over()
         if not self._traced:
+            known = {name: replace(level.habits) for name, level in self._levels.items() if self._resumed}
             with self._at_work():
                 trace(self.graph, self._levels, self._states, self._progress(), self._backend)
+            for name, habits in known.items():  # of other batches than when the run that was saved began
+                self._levels[name].habits.misses, self._levels[name].habits.draws = dict(habits.misses), habits.draws
             for state in self._states.values():
                 state.renew()  # FSDP may have laid out the shards anew
         self._traced = True

@@ -26,10 +26,12 @@ import torch
 from mlo.arithmetic import Gradient, Tensors, accumulate, add, dense, norm, scaled, split, summed
 from mlo.autodiff import Call, Gradients, aliases, check_twice_differentiable, twice_differentiable
 from mlo.calls import Calls
+from mlo.distributed import agreed
 from mlo.errors import MloError
 from mlo.levels import Undo
 from mlo.optimizers import OptimizerState, Update, UpdateCotangents
 from mlo.structure import Structure
+from mlo.trees import tensors_in
 
 
 class Weights:
@@ -169,6 +171,29 @@ class StepGraph(NamedTuple):
         return tuple([t.detach() for t in self.own])
 
 
+class Partials(NamedTuple):
+    """The derivatives of a step's loss by the level and what it reads: `leaves` of them by the outputs of kept calls.
+
+    Attributes:
+        gradients: the derivatives.
+        state: `state_of` the call when they were taken.
+    """
+
+    gradients: Gradients
+    state: list[int]
+
+    @classmethod
+    def of(cls, call: Call, gradients: Gradients) -> Partials:
+        """Return them with the present state."""
+        return cls(gradients, cls.state_of(call))
+
+    @staticmethod
+    def state_of(call: Call) -> list[int]:
+        """Return what makes a loss another function: the modes of its modules, and what was written into batches."""
+        modes = [part.training for name in call.levels[call.level].names for part in call.levels[name].parts]
+        return [*modes, *(t._version for t in tensors_in([part.batch for part in call.parts]))]
+
+
 _Source = tuple[dict[str, Tensors], Gradient]
 """What the levels are read at in the graph of a step's gradient, and the gradient."""
 
@@ -188,8 +213,7 @@ class Step:
         scale: of the loss in the backward pass.
         thin: whether the level's own weights, gradient and optimizer state are left out, to be recomputed.
         graphs: that of the gradient, if it was kept and no product has used it up.
-        partials: the derivatives of the loss by the level and those that it reads, if they were kept; the loss was
-            given stand-ins for `calls`.
+        partials: the derivatives of the loss by the level and what it reads, if they were kept.
     """
 
     context: Context
@@ -203,7 +227,7 @@ class Step:
     scale: float = 1.0
     thin: bool = False
     graphs: list[StepGraph] = field(default_factory=list)
-    partials: Gradients | None = None
+    partials: Partials | None = None
 
     @property
     def level(self) -> str:
@@ -351,15 +375,26 @@ class Step:
                 moved = iter(summed(own, across, share))
             return tuple(w if d is None else next(moved) for w, d in zip(self.weights, direction, strict=True))
 
+        level = self.call.levels[self.level]
         here = self._partials(targets) if one_sided else None
         with torch.set_grad_enabled(self.create_graph):
-            size = norm(direction, self.call.levels[self.level].variables.group)
+            size = norm(direction, level.variables.group)
             rate = torch.where(size > 0, size, 1.0) * ((0.5 if here is None else 1.0) / radius)
             own = [w for w, d in zip(self.weights, direction, strict=True) if d is not None]
             across = scaled([d for d in direction if d is not None], rate.reciprocal())  # from one side to the other
-        below = self._side(side(-0.5), targets)[0] if here is None else _flat(here, targets)
-        above, inputs = self._side(side(0.5 if here is None else 1.0), targets)
-        change = self._split(_less(above, below), inputs)
+        try:
+            below = self._side(side(-0.5), targets)[0] if here is None else here
+            above, inputs = self._side(side(0.5 if here is None else 1.0), targets)
+            if here is not None and here.leaves and self._reads_past_marks(above, targets):
+                level.habits.keeps_graphs = False
+                return self.difference(direction, targets, radius)
+            change = self._split(_less(_flat(above, targets), _flat(below, targets)), inputs)
+        except RuntimeError:  # something was written into, or the graph of a kept call is used up
+            if self._kept is None or self._kept.shared:
+                raise
+            self._kept.give_up()
+            level.habits.keeps_graphs = False
+            return self.difference(direction, targets, radius)
         with torch.set_grad_enabled(self.create_graph):
             return {q: tuple(scaled(tensors, rate)) for q, tensors in change.items()}
 
@@ -382,14 +417,19 @@ class Step:
         """
         below, _ = self._side(before, targets, ends[0])
         above, inputs = self._side(after, targets, ends[1])
-        return self._split(_less(above, below), inputs)
+        return self._split(_less(_flat(above, targets), _flat(below, targets)), inputs)
 
     def _side(
         self, weights: Tensors, targets: Sequence[str], ends: Ends | None = None
-    ) -> tuple[Gradient, dict[str, Tensors]]:
-        """Return dF_p/dw_q at other weights, with those by the kept calls' stand-ins, and what targets are read at."""
+    ) -> tuple[Gradients, dict[str, Tensors]]:
+        """Return dF_p/dw_q at other weights, and what the targets are read at."""
         values = self._values(weights, targets if self.inner is not None else ())
-        return _flat(self._total(values, targets, ends), targets), self._inputs(values, targets)
+        return self._total(values, targets, ends), self._inputs(values, targets)
+
+    def _reads_past_marks(self, found: Gradients, targets: Sequence[str]) -> bool:
+        """Whether the loss reads targets otherwise than by kept calls, in one of the processes."""
+        direct = any(g is not None for q in targets if q != self.level for g in found.of[q])
+        return bool(agreed(int(direct), self.call.parts[0].backend.group))
 
     def gradient_at(self, weights: Tensors, ends: Ends | None = None) -> Gradient:
         """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient.
@@ -428,14 +468,14 @@ class Step:
         return self.calls
 
     def _partials(self, targets: Sequence[str]) -> Gradients | None:
-        """Return the derivatives at the step's own weights, if the step kept them and they still hold."""
+        """Return the derivatives at the step's own weights, if the step kept them and the loss is still the same."""
         kept = self._kept  # which forgets the calls where other processes have none
-        if self.partials is None or any(q not in self.partials.of for q in targets):
+        if self.partials is None or (self.calls is not None and not self.calls.marked):
             return None
-        if self.calls is not None and self.calls.forgotten:
+        found, state = self.partials
+        if state != Partials.state_of(self.call) or any(q not in found.of for q in targets):
             return None
-        usable = len(kept.leaves) if kept is not None else 0
-        return self.partials if len(self.partials.leaves) == usable else None
+        return found if len(found.leaves) == (len(kept.leaves) if kept is not None else 0) else None
 
     def _values(self, own: Tensors, inputs: Iterable[str] = ()) -> dict[str, Tensors]:
         """Return the values to evaluate at; levels left out are read live, at their module's own parameters.

@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Backend, Level, aliases, nodes_of
+from mlo.autodiff import Backend, Level, LossCall, aliases, nodes_of
+from mlo.calls import Calls
 from mlo.errors import GraphError
 from mlo.graph import Graph
+from mlo.hypergradients import Hypergradient
 from mlo.levels import Undo
 from mlo.sharding import refuse_reads
 from mlo.state import LevelState
@@ -49,15 +51,8 @@ def trace(
                 before = {other: _versions(variables[other]) for other in level.names}
                 content = tensors_in([part.batch for part in call.parts])
                 written = _versions(content)
-                estimator = graph[name].hypergradient
-                keeps = estimator.kept_graphs != 0 or estimator.keeps_partials
-                keeps = keeps and name not in graph.structure.tops and not level.variables.sharded
-                with Undo() as bound:
-                    if keeps:
-                        level.variables.bind(aliases(level.variables.tensors, create_graph=False), bound)
-                    loss = call.parts[0].evaluate(autocast=True, accessed=accessed).loss
-                    if keeps and _depends(loss, level.variables.parameters):
-                        level.habits.keeps_graphs = False  # its steps have to be taken at the parameters themselves
+                below = name not in graph.structure.tops
+                loss = _try_out(call.parts[0], graph[name].hypergradient if below else None, backend, accessed)
             for other, versions in before.items():
                 if versions != _versions(variables[other]) and not levels[other].variables.sharded:
                     raise GraphError(
@@ -103,6 +98,47 @@ def check_loss(
             f"it reads; found one without a gradient. Take no_grad(), detach() or item() out of the loss."
         )
     _check_closure(variables, name, loss, "loss", (name, *graph.reads(name)))
+
+
+def _try_out(call: LossCall, estimator: Hypergradient | None, backend: Backend, accessed: set[str]) -> Tensor:
+    """Evaluate a loss for the first time, and find out what of its level's steps can be kept.
+
+    Args:
+        call: of the loss.
+        estimator: of the level; None if it is not differentiated.
+        backend: of the engine.
+        accessed: receives the names of the levels that were read.
+    """
+    level, names = call.levels[call.level], call.levels[call.level].names
+    if estimator is None or any(call.levels[q].variables.sharded for q in names):
+        return call.evaluate(autocast=True, accessed=accessed).loss
+    habits, own = level.habits, level.variables.tensors
+    with Undo() as undo:
+        if estimator.kept_graphs != 0 or estimator.keeps_partials:
+            own = aliases(own, create_graph=False)
+            level.variables.bind(own, undo)
+        marked = _evaluate_with_marks(call, backend) if estimator.keeps_partials else None
+        record = Calls(backend.device, habits) if estimator.recorded_steps != 0 else None
+        loss = call.evaluate(autocast=True, accessed=accessed, record=record).loss
+        if record is not None and record.reach(own):
+            record.give_up()
+        if own is not level.variables.tensors and _depends(loss, level.variables.parameters):
+            habits.keeps_graphs = False  # its steps have to be taken at the parameters themselves
+        if estimator.keeps_partials and (marked is None or not torch.allclose(marked, loss, rtol=1e-4, atol=0)):
+            habits.keeps_graphs = False  # it differentiates kept calls by their arguments
+    return loss
+
+
+def _evaluate_with_marks(call: LossCall, backend: Backend) -> Tensor | None:
+    """Evaluate a loss whose kept calls get other copies of kept outputs than it has itself; None if that fails."""
+    with Undo() as undo:
+        for name in call.levels[call.level].names:
+            call.levels[name].buffers.hold(undo, moving=True)
+        try:
+            record = Calls(backend.device, call.levels[call.level].habits, marking=True)
+            return call.evaluate(autocast=True, record=record).loss.detach()
+        except RuntimeError:
+            return None
 
 
 def _depends(value: Tensor, parameters: Sequence[Tensor]) -> bool:

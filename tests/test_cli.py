@@ -122,7 +122,7 @@ def test_graph_draws_and_tells(tmp_path, suffix):
     assert done.exit_code == 0, done.output
     assert picture.stat().st_size > 1000
     assert "Unroll(last=None, checkpoint=False, graphs=1)" in done.output
-    assert "FiniteDifference(radius=0.01, last=1)" in done.output
+    assert "FiniteDifference(radius=0.01, last=1, one_sided=False)" in done.output
     assert "architecture (detached)" in done.output
 
 

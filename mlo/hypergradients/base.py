@@ -70,7 +70,8 @@ class Hypergradient(abc.ABC):
     def keeps_partials(self) -> bool:
         """Whether the last step keeps the derivatives of its loss by all levels that it reads, for `Step.difference`.
 
-        They are taken in the step's own backward pass. None are kept in nests or in lower precision.
+        They are taken in the step's own backward pass, where that computes what a difference does: not in nests, in
+        lower precision, or of sharded levels.
         """
         return False
 

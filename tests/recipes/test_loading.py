@@ -292,6 +292,7 @@ def test_the_dump_is_complete_and_in_the_order_of_the_schema(toy: Path, schemas:
         "      kind: finite_difference\n"
         "      radius: 0.02\n"
         "      last: 1\n"
+        "      one_sided: false\n"
         "    steps: 1\n"
         "    clip_norm: null\n"
         "    warmup_rounds: 0\n"
