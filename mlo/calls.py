@@ -134,11 +134,6 @@ class Calls:
         return [leaf for call in self.calls for leaf in call.leaves]
 
     @property
-    def shared(self) -> bool:
-        """Whether several processes have to do alike."""
-        return self._group is not None
-
-    @property
     def marks(self) -> list[Tensor]:
         """The marks of all outputs, in the order of `leaves`; none unless they were to be set."""
         return [mark for call in self.calls for mark in call.marks]

@@ -24,9 +24,10 @@ from typing import NamedTuple, Protocol
 import torch
 
 from mlo.arithmetic import Gradient, Tensors, accumulate, add, dense, norm, scaled, split, summed
-from mlo.autodiff import Call, Gradients, aliases, check_twice_differentiable, twice_differentiable
+from mlo.autodiff import Call, Gradients, aliases
 from mlo.calls import Calls
-from mlo.distributed import agreed
+from mlo.distributed import Group, agreed
+from mlo.double_backward import check_twice_differentiable, twice_differentiable
 from mlo.errors import MloError
 from mlo.levels import Undo
 from mlo.optimizers import OptimizerState, Update, UpdateCotangents
@@ -385,14 +386,14 @@ class Step:
         try:
             below = self._side(side(-0.5), targets)[0] if here is None else here
             above, inputs = self._side(side(0.5 if here is None else 1.0), targets)
-            if here is not None and here.leaves and self._reads_past_marks(above, targets):
+            if here is not None and self._reads_past_marks(here, above, targets):
                 level.habits.keeps_graphs = False
                 return self.difference(direction, targets, radius)
             change = self._split(_less(_flat(above, targets), _flat(below, targets)), inputs)
         except RuntimeError:  # something was written into, or the graph of a kept call is used up
-            if self._kept is None or self._kept.shared:
+            if (kept := self._kept) is None or self._group is not None:
                 raise
-            self._kept.give_up()
+            kept.give_up()
             level.habits.keeps_graphs = False
             return self.difference(direction, targets, radius)
         with torch.set_grad_enabled(self.create_graph):
@@ -426,10 +427,10 @@ class Step:
         values = self._values(weights, targets if self.inner is not None else ())
         return self._total(values, targets, ends), self._inputs(values, targets)
 
-    def _reads_past_marks(self, found: Gradients, targets: Sequence[str]) -> bool:
-        """Whether the loss reads targets otherwise than by kept calls, in one of the processes."""
-        direct = any(g is not None for q in targets if q != self.level for g in found.of[q])
-        return bool(agreed(int(direct), self.call.parts[0].backend.group))
+    def _reads_past_marks(self, here: Gradients, there: Gradients, targets: Sequence[str]) -> bool:
+        """Whether the loss reads targets by kept calls and otherwise, too, in one of the processes."""
+        direct = any(g is not None for q in targets if q != self.level for g in there.of[q])
+        return bool(agreed(int(direct and bool(here.leaves)), self._group))
 
     def gradient_at(self, weights: Tensors, ends: Ends | None = None) -> Gradient:
         """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient.
@@ -458,6 +459,10 @@ class Step:
         return self.world[level] is end[level]
 
     @property
+    def _group(self) -> Group:
+        return self.call.parts[0].backend.group
+
+    @property
     def _kept(self) -> Calls | None:
         """The kept calls, if there are any and all levels that they read still stand where they stood."""
         if self.calls is None:
@@ -470,12 +475,15 @@ class Step:
     def _partials(self, targets: Sequence[str]) -> Gradients | None:
         """Return the derivatives at the step's own weights, if the step kept them and the loss is still the same."""
         kept = self._kept  # which forgets the calls where other processes have none
-        if self.partials is None or (self.calls is not None and not self.calls.marked):
-            return None
-        found, state = self.partials
-        if state != Partials.state_of(self.call) or any(q not in found.of for q in targets):
-            return None
-        return found if len(found.leaves) == (len(kept.leaves) if kept is not None else 0) else None
+        found, state = self.partials or (None, None)
+        usable = (
+            found is not None
+            and all(q in found.of for q in targets)
+            and len(found.leaves) == (len(kept.leaves) if kept is not None else 0)
+            and (self.calls is None or self.calls.marked)
+            and state == Partials.state_of(self.call)
+        )
+        return None if agreed(int(not usable), self._group) else found
 
     def _values(self, own: Tensors, inputs: Iterable[str] = ()) -> dict[str, Tensors]:
         """Return the values to evaluate at; levels left out are read live, at their module's own parameters.

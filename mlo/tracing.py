@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mlo.autodiff import Backend, Level, LossCall, aliases, nodes_of
+from mlo.autodiff import Backend, Level, LossCall, aliases
 from mlo.calls import Calls
+from mlo.double_backward import nodes_of
 from mlo.errors import GraphError
 from mlo.graph import Graph
 from mlo.hypergradients import Hypergradient

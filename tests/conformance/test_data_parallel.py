@@ -133,7 +133,7 @@ def normalized(rank=None):
     return flat([scale.weight.detach(), *(p.detach() for p in module.parameters()), *module.buffers()])
 
 
-def thresholds(rank=None):
+def thresholds(rank=None, *, one_sided=False):
     """The weights where an argument of another level's call is made by threshold, now the same again and now not."""
     torch.manual_seed(0)
     low, up = nn.Linear(3, 2).double(), nn.Linear(2, 2).double()
@@ -151,7 +151,7 @@ def thresholds(rank=None):
 
     levels = [
         mlo.Problem("low", low, lower, torch.optim.SGD(low.parameters(), 0.1), data,
-                    hypergradient=mlo.FiniteDifference(0.1)),
+                    hypergradient=mlo.FiniteDifference(0.1, one_sided=one_sided)),
         mlo.Problem("up", up, upper, torch.optim.SGD(up.parameters(), 0.1), data),
     ]  # fmt: skip
     mlo.Engine(mlo.Graph(levels, [mlo.Edge("up", "low"), mlo.Edge("low", "up")]), device="cpu").run(20, progress=False)
@@ -306,6 +306,31 @@ def late_draws(rank):
     return flat([p.detach() for p in (*low.parameters(), *up.parameters())])
 
 
+def unlike_calls(rank, estimator):
+    """The weights where draws come up in both, and one process alone goes on to make a call that can be kept."""
+    torch.manual_seed(0)
+    low, up = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def first(levels, batch):
+        factor = random.random() if levels.progress else 0.5
+        return (levels.low(batch) - factor * levels.up(batch)).square().mean()
+
+    def second(levels, batch):
+        return (levels.up(levels.low(batch) if rank else batch) * levels.low(batch)).mean()
+
+    def upper(levels, batch):
+        return levels.low(batch).square().mean()
+
+    sgd = torch.optim.SGD
+    problems = [
+        mlo.Problem("low", low, mlo.Sum(first, second), sgd(low.parameters(), 0.1), [torch.randn(4, 3)],
+                    hypergradient=estimator),
+        mlo.Problem("up", up, upper, sgd(up.parameters(), 0.1), [torch.randn(4, 3)]),
+    ]  # fmt: skip
+    mlo.Engine(mlo.Graph(problems, [mlo.Edge("up", "low"), mlo.Edge("low", "up")]), device="cpu").run(4, progress=False)
+    return flat([p.detach() for p in (*low.parameters(), *up.parameters())])
+
+
 def alike():
     """What a loss draws with `drawn_alike`, and without."""
     drawn = []
@@ -360,7 +385,7 @@ def in_process(rank, folder):
         "stopped": stopped(rank),
         "failed": failed(),
         "normalized": normalized(rank),
-        "thresholds": thresholds(rank),
+        "thresholds": [thresholds(rank, one_sided=one_sided) for one_sided in (False, True)],
         "resumed": resumed(rank, folder),
         "sampled": sampled(),
         "buffers": buffers(),
@@ -369,6 +394,7 @@ def in_process(rank, folder):
         "other levels": of_other_levels(rank),
         "other norms": of_other_norms(rank),
         "late draws": late_draws(rank),
+        "unlike calls": [unlike_calls(rank, mlo.FiniteDifference(one_sided=one)) for one in (False, True)],
         "alike": alike(),
     }
 
@@ -421,7 +447,10 @@ def test_synchronized_batch_normalization(processes):
 
 def test_kept_calls_are_given_back_in_both_or_in_none(processes):
     for of_rank in processes[1]:
-        assert relative_error(of_rank["thresholds"], thresholds()) < 1e-10
+        for one_sided, found in enumerate(of_rank["thresholds"]):
+            assert relative_error(found, thresholds(one_sided=bool(one_sided))) < 1e-10
+    for first, second in zip(*(of_rank["unlike calls"] for of_rank in processes[1]), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_a_process_may_stay_alone(processes):
