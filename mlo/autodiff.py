@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from mlo.arithmetic import Gradient, Tensors, add, split
-from mlo.calls import Calls, Habits
+from mlo.calls import Calls, Given, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.double_backward import twice_differentiable
 from mlo.errors import GraphError, MloError
@@ -197,12 +197,12 @@ class LossCall:
             GraphError: the loss reads a level without an edge, or does not return a scalar.
         """
         own, backend = self.levels[self.level], self.backend
-        used: set[int] = set()
+        given = Given()
 
         def view(name: str) -> LevelView:
             level = self.levels[name]
             if name != self.level and replay is not None:
-                return level.kind_of_view(level.module, replay.player(name, level.module, used))
+                return level.kind_of_view(level.module, replay.player(name, level.module, given))
             if name != self.level and record is not None:
                 return level.kind_of_view(level.module, record.recorder(name, level.parts))
             as_it_is = double_backward or accessed is not None
@@ -243,6 +243,7 @@ class LossCall:
                     accessed |= levels._accessed
             if len(terms) > 1 and len(self._versions()) != num_buffers:  # what moves has only now come to light
                 self.reads.update({index: set(own.names) for index in self.reads})
+        given.over = True
         return Sum.of(results or [torch.zeros((), device=backend.device)])
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -410,9 +411,9 @@ class LossCall:
                 output = self.evaluate(
                     autocast=autocast, double_backward=create_graph, record=record, replay=replay, only=only
                 )
-            marks = record.marks if record is not None else []
-            if marks:  # the other levels are read through them; asked for themselves, the calls would be gone through
-                inputs = {self.level: inputs[self.level]} if self.level in inputs else {}
+            marks = record.close(inputs.get(self.level, ())) if record is not None else []
+            if record is not None and (record.asked or not record.marked):  # else the calls would be gone through
+                inputs = {name: tensors for name, tensors in inputs.items() if name == self.level}
             flat = [t for name in wrt for t in inputs.get(name, ())]
             flat += replay.leaves if replay is not None else marks
             grads: Gradient = (None,) * len(flat)
@@ -441,7 +442,8 @@ class LossCall:
             loss, of = self._average(loss, of)
         elif group is not None:
             loss = reduced(loss, "SUM", group) / torch.distributed.get_world_size(group)
-        return Gradients(loss, output.metrics, of, grads[end:])
+        leaves = record.by_leaf(grads[end:]) if record is not None else grads[end:]
+        return Gradients(loss, output.metrics, of, leaves)
 
     @contextmanager
     def _without_recomputation(self) -> Iterator[None]:

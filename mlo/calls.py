@@ -10,7 +10,8 @@ except by another kept call; and, where several processes evaluate the loss toge
 they would otherwise go different ways back. Random draws of a call that is not made are skipped in all generators.
 
 The derivative of the first evaluation by the kept outputs, one side of a difference, can be taken along with its own
-gradient: by marks, which the loss goes through and other kept calls go past.
+gradient: by marks, places in the graph where the loss goes on from them. Those of outputs that other kept calls were
+given are left out; a loss that uses such an output by itself, too, has no such side.
 """
 
 from __future__ import annotations
@@ -72,6 +73,19 @@ class Habits:
         return self.misses.get(level, 0) < _PATIENCE
 
 
+@dataclass
+class Given:
+    """The calls given back in one evaluation.
+
+    Attributes:
+        places: of those.
+        over: whether the evaluation is; what calls again recomputes activations, and is given the same once more.
+    """
+
+    places: set[int] = field(default_factory=set)
+    over: bool = False
+
+
 class Call:
     """One kept call: what it was given, what it returned, and where the generators stood after it.
 
@@ -104,18 +118,21 @@ class Calls:
 
     Attributes:
         calls: those kept, in their order.
-        marked: whether the marks tell all: no call was forgotten, nor was written into what one had been given.
+        marking: the same.
+        marked: whether the marks tell all: no call was forgotten, none is tied to another or to the level's variables.
+        asked: by leaf, whether its mark is one to differentiate by.
         term: the place of the term of the loss that is being evaluated.
     """
 
     def __init__(self, device: torch.device, habits: Habits, group: Group = None, *, marking: bool = False) -> None:
         self.calls: list[Call] = []
-        self.marked = marking
+        self.marking = self.marked = marking
+        self.asked: list[bool] = []
         self.term = 0
         self._device = device
         self._habits = habits
         self._group = group
-        self._marking = marking
+        self._closed = False
         self._settled = group is None
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
@@ -133,10 +150,32 @@ class Calls:
         """The stand-ins of all outputs, in the order of the calls."""
         return [leaf for call in self.calls for leaf in call.leaves]
 
-    @property
-    def marks(self) -> list[Tensor]:
-        """The marks of all outputs, in the order of `leaves`; none unless they were to be set."""
-        return [mark for call in self.calls for mark in call.marks]
+    def close(self, own: Sequence[Tensor]) -> list[Tensor]:
+        """End the first evaluation: calls made from now on, as when activations are recomputed, are not kept.
+
+        Args:
+            own: the variables of the level.
+
+        Returns:
+            The marks to differentiate by, if there are any; they tell all only if `marked`.
+        """
+        self._closed = True
+        if not self.marking:
+            return []
+        given = {note.origin for call in self.calls for note in _notes_in(call.arguments)}
+        marks = [(mark, (i, k) not in given) for i, call in enumerate(self.calls) for k, mark in enumerate(call.marks)]
+        asked = [mark for mark, is_asked in marks if is_asked]
+        if self.reach([*own, *asked]):
+            self.give_up()
+        if self._group is not None and not are_equal(2 * self.marked + bool(asked), self._group):
+            self.forget()
+        self.asked = [is_asked for _, is_asked in marks]
+        return asked if self.marked else []
+
+    def by_leaf(self, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Return derivatives by the marks as those by all leaves."""
+        each = iter(found)
+        return tuple([next(each) if is_asked else None for is_asked in self.asked]) if self.marked else ()
 
     def recorder(self, level: str, parts: Sequence[nn.Module]) -> Callable[..., Any]:
         """Return a function that calls a module, given as all its parts, and keeps the calls that can be kept."""
@@ -146,21 +185,20 @@ class Calls:
 
     def _record(self, level: str, parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = parts[0]
-        keepable = _is_plain((args, kwargs)) and not any(map(_is_compiled, parts))
+        keepable = not self._closed and _is_plain((args, kwargs)) and not any(map(_is_compiled, parts))
         arguments = self._note((args, kwargs)) if keepable else None
         if arguments is None:
             return module(*args, **kwargs)
         attributes, buffers = _attributes(parts), _versions(parts)
         before = generator_states(self._device, only_torch=not self._habits.draws)
-        output = self._call_past_marks(module, args, kwargs) if self._marking else module(*args, **kwargs)
-        # A loss, or the module's next call, may go on to read what it left there, or write through an alias.
-        left = not _same_tensors(attributes, _attributes(parts)) or buffers != _versions(parts)
-        if left or not _is_plain(output) or _share_memory((args, kwargs), output):
-            self.marked = self.marked and not any(map(self._origin, tensors_in((args, kwargs))))
-            return output
+        output = module(*args, **kwargs)
+        if not _is_plain(output) or not _same_tensors(attributes, _attributes(parts)) or buffers != _versions(parts):
+            return output  # a loss, or the module's next call, may go on to read what it left there
+        if _share_memory((args, kwargs), output):
+            return output  # or write through an alias
         after = generator_states(self._device, only_torch=not self._habits.draws)
         self.calls.append(Call(level, self.term, arguments, output, None if before == after else after))
-        return self._hand_out(len(self.calls) - 1, self._mark if self._marking else _copy)
+        return self._hand_out(len(self.calls) - 1, self._mark if self.marking else _copy)
 
     def _mark(self, output: Tensor, leaf: Tensor | None) -> Tensor:
         if leaf is not None:
@@ -168,45 +206,21 @@ class Calls:
             self.calls[-1].marks.append(output)
         return output.clone()
 
-    def _call_past_marks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module with other copies of kept outputs than the loss has, which go on from before their marks."""
-        own: dict[int, tuple[Tensor, Tensor, int]] = {}
-
-        def past(given: Tensor) -> Tensor:
-            if (origin := self._origin(given)) is None:
-                return given
-            if id(given) not in own:
-                index, k = origin
-                copied = self.calls[index].graph_outputs[k].clone()
-                own[id(given)] = given, copied, copied._version
-            return own[id(given)][1]
-
-        args, kwargs = map_tensors((args, kwargs), past)
-        output = module(*args, **kwargs)
-        if not own:
-            return output
-        for given, copied, version in own.values():
-            if copied._version != version:  # the loss is to find what the module wrote
-                given.copy_(copied)
-                self.marked = False
-        givens = {id(copied): given for given, copied, _ in own.values()}
-        return map_tensors(output, lambda t: givens.get(id(t), t))
-
-    def player(self, level: str, module: nn.Module, used: set[int]) -> Callable[..., Any]:
+    def player(self, level: str, module: nn.Module, given: Given) -> Callable[..., Any]:
         """Return a function that gives kept calls of a module back, each once, and makes a call that was not kept.
 
         Args:
             level: whose module it is.
             module: to call.
-            used: places of the calls given back in this evaluation, by all players of it.
+            given: the calls given back in this evaluation, by all players of it.
         """
 
         def play(*args: Any, **kwargs: Any) -> Any:
-            index = self._find(level, args, kwargs, used)
+            index = self._find(level, args, kwargs, given)
             if not are_equal(index, self._group) or index < 0:
                 self._habits.misses[level] = self._habits.misses.get(level, 0) + 1
                 return module(*args, **kwargs)
-            used.add(index)
+            given.places.add(index)
             self._habits.misses[level] = 0
             states = self.calls[index].states
             if states is not None:
@@ -215,10 +229,10 @@ class Calls:
 
         return play
 
-    def _find(self, level: str, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> int:
+    def _find(self, level: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given) -> int:
         """Return the place of a kept call that is the same one and has not been given back, -1 if there is none."""
         for index, call in enumerate(self.calls):
-            possible = (call.level, call.term) == (level, self.term) and index not in used
+            possible = call.level == level and (given.over or (call.term == self.term and index not in given.places))
             if possible and self._same(call.arguments, (args, kwargs)):
                 return index
         return -1
@@ -236,7 +250,7 @@ class Calls:
         self.forget()
 
     def reach(self, variables: Sequence[Tensor]) -> bool:
-        """Whether kept outputs depend on variables of the level's own, though no argument of the calls does."""
+        """Whether kept outputs depend on these, as no argument of the calls does."""
         outputs = [output for call in self.calls for output in call.graph_outputs]
         if not outputs or not variables:
             return False
@@ -308,6 +322,17 @@ class Calls:
         if isinstance(noted, dict):
             return noted.keys() == given.keys() and all(self._same(v, given[k]) for k, v in noted.items())
         return bool(noted == given)
+
+
+def _notes_in(arguments: Any) -> list[_Argument]:
+    """Return the notes in a tree of arguments."""
+    if isinstance(arguments, _Argument):
+        return [arguments]
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    elif not isinstance(arguments, (tuple, list)):
+        return []
+    return [note for item in arguments for note in _notes_in(item)]
 
 
 def _copy(output: Tensor, leaf: Tensor | None) -> Tensor:  # noqa: ARG001

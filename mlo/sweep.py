@@ -428,9 +428,11 @@ class Step:
         return self._total(values, targets, ends), self._inputs(values, targets)
 
     def _reads_past_marks(self, here: Gradients, there: Gradients, targets: Sequence[str]) -> bool:
-        """Whether the loss reads targets by kept calls and otherwise, too, in one of the processes."""
-        direct = any(g is not None for q in targets if q != self.level for g in there.of[q])
-        return bool(agreed(int(direct and bool(here.leaves)), self._group))
+        """Whether the loss reads targets otherwise than by marks that were asked for, in one of the processes."""
+        asked = self.calls.asked if self.calls is not None and here.leaves else []
+        past = [g for q in targets if q != self.level for g in there.of[q]] if asked else []
+        past += [g for g, is_asked in zip(there.leaves, asked, strict=bool(asked)) if not is_asked]
+        return bool(agreed(int(any(g is not None for g in past)), self._group))
 
     def gradient_at(self, weights: Tensors, ends: Ends | None = None) -> Gradient:
         """Return dF_p/dw_p at other weights of the level; None and zeros as in the recorded gradient.

@@ -118,28 +118,16 @@ def _try_out(call: LossCall, estimator: Hypergradient | None, backend: Backend, 
         if estimator.kept_graphs != 0 or estimator.keeps_partials:
             own = aliases(own, create_graph=False)
             level.variables.bind(own, undo)
-        marked = _evaluate_with_marks(call, backend) if estimator.keeps_partials else None
-        record = Calls(backend.device, habits) if estimator.recorded_steps != 0 else None
+        marking = estimator.keeps_partials
+        record = Calls(backend.device, habits, marking=marking) if estimator.recorded_steps != 0 else None
         loss = call.evaluate(autocast=True, accessed=accessed, record=record).loss
-        if record is not None and record.reach(own):
-            record.give_up()
+        if record is not None:
+            record.close(own)
+            if record.reach(own):
+                record.give_up()
         if own is not level.variables.tensors and _depends(loss, level.variables.parameters):
             habits.keeps_graphs = False  # its steps have to be taken at the parameters themselves
-        if estimator.keeps_partials and (marked is None or not torch.allclose(marked, loss, rtol=1e-4, atol=0)):
-            habits.keeps_graphs = False  # it differentiates kept calls by their arguments
     return loss
-
-
-def _evaluate_with_marks(call: LossCall, backend: Backend) -> Tensor | None:
-    """Evaluate a loss whose kept calls get other copies of kept outputs than it has itself; None if that fails."""
-    with Undo() as undo:
-        for name in call.levels[call.level].names:
-            call.levels[name].buffers.hold(undo, moving=True)
-        try:
-            record = Calls(backend.device, call.levels[call.level].habits, marking=True)
-            return call.evaluate(autocast=True, record=record).loss.detach()
-        except RuntimeError:
-            return None
 
 
 def _depends(value: Tensor, parameters: Sequence[Tensor]) -> bool:

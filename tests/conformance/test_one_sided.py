@@ -1,10 +1,12 @@
 """Differences with the last step's own gradient for one side: the numbers of two passes, of which one is spared."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mlo
 from mlo.arithmetic import norm
@@ -53,8 +55,10 @@ def teaching(estimator, *, teacher=None, student=None, judge=None, first=None, r
         return (levels.teacher(batch[0] + levels.rule(batch[0])) - batch[1]).square().mean()
 
     def student_loss(levels, batch):
-        labels = levels.teacher(batch[0] + 1)
-        return (levels.student(batch[0]) - labels).pow(4).mean() + (levels.rule(labels) * levels.student(labels)).mean()
+        labels = levels.rule(levels.teacher(batch[0] + 1))
+        return (levels.student(batch[0]) - labels).pow(4).mean() + (
+            levels.rule(batch[1]) * levels.student(batch[1])
+        ).mean()
 
     def rule_loss(levels, batch):
         x, y = batch
@@ -94,6 +98,10 @@ def test_the_numbers_are_those_of_two_passes(last):
     assert_same(teaching, last=last)
 
 
+def chained(levels, batch):
+    return (levels.student(batch[0]) - levels.rule(levels.teacher(batch[0] + 1))).pow(4).mean()
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     "first",
@@ -101,7 +109,7 @@ def test_the_numbers_are_those_of_two_passes(last):
 )
 def test_modules_with_buffers_and_random_draws(first, train):
     def make(estimator):
-        engine = teaching(estimator, first=first)
+        engine = teaching(estimator, first=first, student=chained)
         for level in engine.graph.levels:
             level.module.train(train)
         return engine
@@ -122,7 +130,7 @@ def test_the_pass_is_spared(estimator, passes):
         engine.graph[name].module.register_forward_hook(count)
     engine.run(1, progress=False)
     # Two steps each, and the evaluation at the top. The student's loss calls itself and the rule twice.
-    assert counts == {"teacher": 2 + 2 + 1 + passes, "student": 2 * 2 + 1 + 2 * passes, "rule": 2 + 2}
+    assert counts == {"teacher": 2 + 2 + 1 + passes, "student": 2 * 2 + 1 + 2 * passes, "rule": 2 + 2 * 2}
 
 
 def labelled(levels, batch):
@@ -162,13 +170,56 @@ def in_context(levels, batch):
     return (labels - levels.teacher(batch[0])).square().mean()
 
 
+class Added(nn.Linear):
+    """Is told what to add beforehand."""
+
+    context = 0.0
+
+    def __init__(self):
+        super().__init__(3, 3)
+
+    def forward(self, x):
+        return super().forward(x) + self.context
+
+
+def told(levels, batch):
+    """What one kept call returned goes into another one by another way than its arguments."""
+    levels.rule[0].context = levels.teacher(batch[1])
+    labels = levels.rule(batch[0])
+    levels.rule[0].context = 0.0
+    return (levels.student(batch[0]) - labels).pow(4).mean()
+
+
+def keeping(levels, batch, call=lambda f, x: f(x)):
+    labels = call(lambda x: levels.teacher(x).sin().exp(), batch[0])
+    return (levels.student(batch[0]) - labels).pow(4).mean() + 0.1 * (levels.rule(batch[1]) - labels).square().mean()
+
+
+def recomputing(levels, batch):
+    return keeping(levels, batch, partial(checkpoint, use_reentrant=False))
+
+
 SUM = mlo.Sum(labelled, taught)
 
 
-@pytest.mark.parametrize("loss", [SUM, drawing, by_attributes, in_context])
+@pytest.mark.parametrize("loss", [SUM, drawing, by_attributes, in_context, told, recomputing])
 def test_losses(loss):
-    rule = Film if loss is in_context else None
+    rule = {in_context: Film, told: Added}.get(loss)
     assert_same(lambda estimator: teaching(estimator, student=loss, rule=rule))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [mlo.FiniteDifference(1e-5), one_sided(radius=1e-7), mlo.Unroll(last=1, graphs=0), mlo.Unroll(last=1)],
+    ids=repr,
+)
+def test_activations_that_a_loss_recomputes(estimator):
+    """A kept call among them is given back again, or what follows it would be taken for its inside."""
+    found, expected = (
+        flat(teaching(each, student=loss).hypergradient("rule").values())
+        for each, loss in ((estimator, recomputing), (mlo.Unroll(last=1), keeping))
+    )
+    assert relative_error(found, expected) < 1e-6
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -227,6 +278,11 @@ def given_what_is_written_into(levels, batch):
     return (labels - levels.student(batch[0])).pow(4).mean() + (judged * levels.student(batch[1])).mean()
 
 
+def by_itself(levels, batch):
+    labels = levels.teacher(batch[0])
+    return (levels.student(batch[0]) - labels).pow(4).mean() + (levels.rule(labels) * levels.student(batch[1])).mean()
+
+
 def mixed(levels, batch):
     return (levels.student(batch[0]) - levels.teacher(batch[0]) * levels.rule[0].weight[0]).pow(4).mean()
 
@@ -244,6 +300,25 @@ def sloping(levels, batch):
     term = (levels.rule(labels).sin() * levels.student(batch[0])).sum()
     slope = torch.autograd.grad(term, labels, create_graph=True)[0] if labels.requires_grad else labels
     return (levels.student(batch[0]) - labels).square().mean() + slope.square().mean()
+
+
+def sloping_late(levels, batch):
+    return sloping(levels, batch) if levels.progress > 0.5 else chained(levels, batch)
+
+
+def without_value(levels, batch):
+    """A term by the slope of a kept call whose value is always zero."""
+    labels = levels.teacher(batch[0])
+    term, logits = levels.rule(labels).sin().sum(), levels.student(batch[0])
+    slope = torch.autograd.grad(term, labels, retain_graph=True)[0] if labels.requires_grad else labels
+    return (logits - labels).square().mean() + (slope * (logits - logits.detach())).mean()
+
+
+def hooked(levels, batch):
+    labels = levels.teacher(batch[0])
+    if labels.requires_grad:
+        labels.register_hook(lambda g: 0.1 * g)
+    return (levels.student(batch[0]) - levels.rule(labels)).pow(4).mean() + labels.square().mean()
 
 
 def at_once(levels, batch):
@@ -277,6 +352,8 @@ writes = []
     "options",
     [
         {"student": mixed},
+        {"student": by_itself},
+        {"student": hooked},
         {"student": following},
         {"student": writing},
         {"student": given_what_is_written_into, "rule": Doubling},
@@ -311,11 +388,17 @@ def test_where_both_sides_are_made(options, tmp_path, monkeypatch):
     "options",
     [
         {"student": mixed},
+        {"student": by_itself},
+        {"student": told, "rule": Added},
+        {"student": recomputing},
+        {"student": hooked},
         {"student": following},
         {"student": writing},
         {"student": given_what_is_written_into, "rule": Doubling},
         {"student": in_context, "rule": Film},
         {"student": sloping},
+        {"student": sloping_late},
+        {"student": without_value},
         {"first": Drifting},
     ],
     ids=lambda options: "-".join(value.__name__ for value in options.values()),
@@ -325,11 +408,13 @@ def test_the_step_is_the_same(options):
     engines = [teaching(estimator, **options) for estimator in (one_sided(), mlo.FirstOrder(), mlo.FiniteDifference())]
     for engine in engines:
         engine.graph["rule"].optimizer.param_groups[0]["lr"] = 0.0
-        engine.run(3, progress=False)
+        engine.run(3, total_rounds=4, progress=False)
     ends = [flat(p.detach() for level in e.graph.levels for p in level.module.parameters()) for e in engines]
     assert torch.equal(ends[0], ends[2])
     if options.get("student") not in (
         sloping,
+        sloping_late,
+        without_value,
         given_what_is_written_into,
     ):  # which do otherwise where there is no slope
         assert relative_error(ends[0], ends[1]) < 1e-12
