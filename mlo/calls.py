@@ -255,7 +255,8 @@ class Calls:
         if not outputs or not variables:
             return False
         along = [torch.zeros_like(output) for output in outputs]
-        found = torch.autograd.grad(outputs, variables, along, retain_graph=True, allow_unused=True)
+        starts = [output.view_as(output) for output in outputs]  # hooks on the outputs would be called
+        found = torch.autograd.grad(starts, variables, along, retain_graph=True, allow_unused=True)
         return any(gradient is not None for gradient in found)
 
     def pull_back(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
