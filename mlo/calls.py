@@ -133,6 +133,7 @@ class Calls:
         self._habits = habits
         self._group = group
         self._closed = False
+        self._passed_on: set[tuple[int, int]] = set()  # outputs that other kept calls were given: (call, output)
         self._settled = group is None
         self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
@@ -162,8 +163,11 @@ class Calls:
         self._closed = True
         if not self.marking:
             return []
-        given = {note.origin for call in self.calls for note in _notes_in(call.arguments)}
-        marks = [(mark, (i, k) not in given) for i, call in enumerate(self.calls) for k, mark in enumerate(call.marks)]
+        marks = [
+            (mark, (i, k) not in self._passed_on)
+            for i, call in enumerate(self.calls)
+            for k, mark in enumerate(call.marks)
+        ]
         asked = [mark for mark, is_asked in marks if is_asked]
         if self.reach([*own, *asked]):
             self.give_up()
@@ -189,6 +193,8 @@ class Calls:
         arguments = self._note((args, kwargs)) if keepable else None
         if arguments is None:
             return module(*args, **kwargs)
+        given = tensors_in((args, kwargs)) if self.marking else ()
+        origins = {origin for t in given if (origin := self._origin(t)) is not None}
         attributes, buffers = _attributes(parts), _versions(parts)
         before = generator_states(self._device, only_torch=not self._habits.draws)
         output = module(*args, **kwargs)
@@ -197,6 +203,7 @@ class Calls:
         if _share_memory((args, kwargs), output):
             return output  # or write through an alias
         after = generator_states(self._device, only_torch=not self._habits.draws)
+        self._passed_on |= origins
         self.calls.append(Call(level, self.term, arguments, output, None if before == after else after))
         return self._hand_out(len(self.calls) - 1, self._mark if self.marking else _copy)
 
@@ -323,17 +330,6 @@ class Calls:
         if isinstance(noted, dict):
             return noted.keys() == given.keys() and all(self._same(v, given[k]) for k, v in noted.items())
         return bool(noted == given)
-
-
-def _notes_in(arguments: Any) -> list[_Argument]:
-    """Return the notes in a tree of arguments."""
-    if isinstance(arguments, _Argument):
-        return [arguments]
-    if isinstance(arguments, dict):
-        arguments = arguments.values()
-    elif not isinstance(arguments, (tuple, list)):
-        return []
-    return [note for item in arguments for note in _notes_in(item)]
 
 
 def _copy(output: Tensor, leaf: Tensor | None) -> Tensor:  # noqa: ARG001

@@ -389,7 +389,7 @@ class Step:
             if here is not None and self._reads_past_marks(here, above, targets):
                 level.habits.keeps_graphs = False
                 return self.difference(direction, targets, radius)
-            change = self._split(_less(_flat(above, targets), _flat(below, targets)), inputs)
+            change = self._less(above, below, inputs)
         except RuntimeError:  # something was written into, or the graph of a kept call is used up
             if (kept := self._kept) is None or self._group is not None:
                 raise
@@ -418,7 +418,7 @@ class Step:
         """
         below, _ = self._side(before, targets, ends[0])
         above, inputs = self._side(after, targets, ends[1])
-        return self._split(_less(_flat(above, targets), _flat(below, targets)), inputs)
+        return self._less(above, below, inputs)
 
     def _side(
         self, weights: Tensors, targets: Sequence[str], ends: Ends | None = None
@@ -427,11 +427,18 @@ class Step:
         values = self._values(weights, targets if self.inner is not None else ())
         return self._total(values, targets, ends), self._inputs(values, targets)
 
+    def _less(self, a: Gradients, b: Gradients, inputs: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """Return a - b by target, pulled back. None is zero: one alone may have been given a kept call back."""
+        pairs = zip(_flat(a, inputs), _flat(b, inputs), strict=True)
+        change = tuple((x if y is None else -y) if x is None or y is None else x - y for x, y in pairs)
+        return self._split(change, inputs)
+
     def _reads_past_marks(self, here: Gradients, there: Gradients, targets: Sequence[str]) -> bool:
         """Whether the loss reads targets otherwise than by marks that were asked for, in one of the processes."""
-        asked = self.calls.asked if self.calls is not None and here.leaves else []
-        past = [g for q in targets if q != self.level for g in there.of[q]] if asked else []
-        past += [g for g, is_asked in zip(there.leaves, asked, strict=bool(asked)) if not is_asked]
+        past: list[torch.Tensor | None] = []
+        if self.calls is not None and here.leaves:
+            past += [g for q in targets if q != self.level for g in there.of[q]]
+            past += [g for g, is_asked in zip(there.leaves, self.calls.asked, strict=True) if not is_asked]
         return bool(agreed(int(any(g is not None for g in past)), self._group))
 
     def gradient_at(self, weights: Tensors, ends: Ends | None = None) -> Gradient:
@@ -662,15 +669,9 @@ class Solve:
         return None
 
 
-def _flat(found: Gradients, targets: Sequence[str]) -> Gradient:
+def _flat(found: Gradients, targets: Iterable[str]) -> Gradient:
     """Return the derivatives by all targets, then those by the kept calls' stand-ins."""
     return (*(g for q in targets for g in found.of[q]), *found.leaves)
-
-
-def _less(a: Gradient, b: Gradient) -> Gradient:
-    """Return a - b, None counting as zero: one of two evaluations alone may have been given a kept call back."""
-    pairs = zip(a, b, strict=True)
-    return tuple((x if y is None else -y) if x is None or y is None else x - y for x, y in pairs)
 
 
 @dataclass(frozen=True)
