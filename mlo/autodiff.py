@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from mlo.arithmetic import Gradient, Tensors, add, split
-from mlo.calls import Calls, Given, Habits
+from mlo.calls import Calls, Evaluation, Habits
 from mlo.distributed import Group, average, rank_of, reduced, replicate
 from mlo.double_backward import twice_differentiable
 from mlo.errors import GraphError, MloError
@@ -197,14 +197,14 @@ class LossCall:
             GraphError: the loss reads a level without an edge, or does not return a scalar.
         """
         own, backend = self.levels[self.level], self.backend
-        given = Given()
+        evaluation = Evaluation()
 
         def view(name: str) -> LevelView:
             level = self.levels[name]
             if name != self.level and replay is not None:
-                return level.kind_of_view(level.module, replay.player(name, level.module, given))
+                return level.kind_of_view(level.module, replay.player(name, level.module, evaluation))
             if name != self.level and record is not None:
-                return level.kind_of_view(level.module, record.recorder(name, level.parts))
+                return level.kind_of_view(level.module, record.recorder(name, level.parts, evaluation))
             as_it_is = double_backward or accessed is not None
             return level.kind_of_view(level.module, level.module) if as_it_is else level.view
 
@@ -219,9 +219,7 @@ class LossCall:
             for index, term in enumerate(terms):
                 if only is not None and index in self.reads and self.reads[index].isdisjoint(only):
                     continue
-                for calls in (record, replay):
-                    if calls is not None:
-                        calls.term = index
+                evaluation.begin(index)
                 key = term_key(self.key, rank, index)
                 seed_generators(key, backend.device)
                 levels = Levels(self.level, views, self.progress)
@@ -243,7 +241,7 @@ class LossCall:
                     accessed |= levels._accessed
             if len(terms) > 1 and len(self._versions()) != num_buffers:  # what moves has only now come to light
                 self.reads.update({index: set(own.names) for index in self.reads})
-        given.over = True
+        evaluation.end()
         return Sum.of(results or [torch.zeros((), device=backend.device)])
 
     def _versions(self) -> list[tuple[int, int]]:

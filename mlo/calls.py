@@ -5,9 +5,11 @@ cotangent of them is pulled back once through the kept graph. That is how a leve
 forward pass of the levels it reads, whatever the loss is.
 
 The first evaluation is an ordinary one: the loss gets the real outputs, and only notes are taken. A call is given back
-later only where it provably is the same one: equal arguments, none of them written into since, none made from variables
-except by another kept call; and, where several processes evaluate the loss together, the same one in each of them, as
-they would otherwise go different ways back. Random draws of a call that is not made are skipped in all generators.
+later only where it provably is the same one: of the same place among the calls, with equal arguments, none of them
+written into since, none made from variables except by another kept call; and, where several processes evaluate the loss
+together, the same one in each of them, as they would otherwise go different ways back. Random draws of a call that is
+not made are skipped in all generators. Calls whose graph is not an ordinary one are always made: inside activation
+checkpoints, which are to keep nothing, and under transformations of functions.
 
 The derivative of the first evaluation by the kept outputs, one side of a difference, can be taken along with its own
 gradient: by marks, places in the graph where the loss goes on from them. Those of outputs that other kept calls were
@@ -16,14 +18,14 @@ given are left out; a loss that uses such an output by itself, too, has no such 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from mlo.distributed import Group, are_equal
 from mlo.randomness import GeneratorStates, generator_states, set_generator_states
@@ -73,32 +75,62 @@ class Habits:
         return self.misses.get(level, 0) < _PATIENCE
 
 
-@dataclass
-class Given:
-    """The calls given back in one evaluation.
+_Place = tuple[str, int, int]
+"""Which call it is: the level, the place of the term of the loss, and how many calls of the level the term made before.
+
+Each term has random draws of its own.
+"""
+
+
+class Evaluation:
+    """One evaluation of a loss: the calls made so far, and which outputs they returned.
 
     Attributes:
-        places: of those.
-        over: whether the evaluation is; what calls again recomputes activations, and is given the same once more.
+        over: whether it is; what calls again recomputes activations.
     """
 
-    places: set[int] = field(default_factory=set)
-    over: bool = False
+    def __init__(self) -> None:
+        self.over = False
+        self._term = 0
+        self._numbers: dict[tuple[str, int], int] = {}
+        self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
+
+    def begin(self, term: int) -> None:
+        """Go on with the term of this place."""
+        self._term = term
+
+    def end(self) -> None:
+        """Hold nothing that the loss was given any longer."""
+        self.over = True
+        self._origins.clear()
+
+    def next_place(self, level: str) -> _Place:
+        """Return the place of the call that is being made."""
+        number = self._numbers.get((level, self._term), 0)
+        self._numbers[level, self._term] = number + 1
+        return level, self._term, number
+
+    def hand_out(self, copied: Tensor, origin: tuple[int, int]) -> None:
+        """Remember of a copy which output of a kept call it is."""
+        self._origins[id(copied)] = (copied, copied._version, origin)
+
+    def origin(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Return which output of a kept call a tensor is, if it has not been written into."""
+        found = self._origins.get(id(tensor))
+        return found[2] if found is not None and found[0] is tensor and tensor._version == found[1] else None
 
 
 class Call:
     """One kept call: what it was given, what it returned, and where the generators stood after it.
 
     Attributes:
-        term: the place of the term of the loss that made it; each has random draws of its own.
         graph_outputs: the tensors of the output that require a gradient.
         leaves: their stand-ins in later evaluations.
         marks: the places in the graph of the first evaluation where the loss goes on from them.
     """
 
-    def __init__(self, level: str, term: int, arguments: Any, output: Any, states: GeneratorStates | None) -> None:
+    def __init__(self, level: str, arguments: Any, output: Any, states: GeneratorStates | None) -> None:
         self.level = level
-        self.term = term
         self.arguments = arguments
         self.output = output
         self.states = states
@@ -121,21 +153,18 @@ class Calls:
         marking: the same.
         marked: whether the marks tell all: no call was forgotten, none is tied to another or to the level's variables.
         asked: by leaf, whether its mark is one to differentiate by.
-        term: the place of the term of the loss that is being evaluated.
     """
 
     def __init__(self, device: torch.device, habits: Habits, group: Group = None, *, marking: bool = False) -> None:
         self.calls: list[Call] = []
         self.marking = self.marked = marking
         self.asked: list[bool] = []
-        self.term = 0
         self._device = device
         self._habits = habits
         self._group = group
-        self._closed = False
+        self._places: dict[_Place, int] = {}
         self._passed_on: set[tuple[int, int]] = set()  # outputs that other kept calls were given: (call, output)
         self._settled = group is None
-        self._origins: dict[int, tuple[Tensor, int, tuple[int, int]]] = {}  # id -> copy, its version, (call, output)
 
     def settle(self) -> None:
         """Keep no call in any of several processes where some keep calls and some do not: all go the same way back.
@@ -152,15 +181,11 @@ class Calls:
         return [leaf for call in self.calls for leaf in call.leaves]
 
     def close(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """End the first evaluation: calls made from now on, as when activations are recomputed, are not kept.
+        """End the first evaluation: find the marks to differentiate by, if there are any; they tell all if `marked`.
 
         Args:
             own: the variables of the level.
-
-        Returns:
-            The marks to differentiate by, if there are any; they tell all only if `marked`.
         """
-        self._closed = True
         if not self.marking:
             return []
         marks = [
@@ -181,31 +206,35 @@ class Calls:
         each = iter(found)
         return tuple([next(each) if is_asked else None for is_asked in self.asked]) if self.marked else ()
 
-    def recorder(self, level: str, parts: Sequence[nn.Module]) -> Callable[..., Any]:
+    def recorder(self, level: str, parts: Sequence[nn.Module], evaluation: Evaluation) -> Callable[..., Any]:
         """Return a function that calls a module, given as all its parts, and keeps the calls that can be kept."""
         if not self._habits.keeps(level):
             return parts[0]
-        return lambda *args, **kwargs: self._record(level, parts, args, kwargs)
 
-    def _record(self, level: str, parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = parts[0]
-        keepable = not self._closed and _is_plain((args, kwargs)) and not any(map(_is_compiled, parts))
-        arguments = self._note((args, kwargs)) if keepable else None
-        if arguments is None:
-            return module(*args, **kwargs)
-        given = tensors_in((args, kwargs)) if self.marking else ()
-        origins = {origin for t in given if (origin := self._origin(t)) is not None}
-        attributes, buffers = _attributes(parts), _versions(parts)
-        before = generator_states(self._device, only_torch=not self._habits.draws)
-        output = module(*args, **kwargs)
-        if not _is_plain(output) or not _same_tensors(attributes, _attributes(parts)) or buffers != _versions(parts):
-            return output  # a loss, or the module's next call, may go on to read what it left there
-        if _share_memory((args, kwargs), output):
-            return output  # or write through an alias
-        after = generator_states(self._device, only_torch=not self._habits.draws)
-        self._passed_on |= origins
-        self.calls.append(Call(level, self.term, arguments, output, None if before == after else after))
-        return self._hand_out(len(self.calls) - 1, self._mark if self.marking else _copy)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if evaluation.over:
+                return parts[0](*args, **kwargs)
+            place = evaluation.next_place(level)
+            keepable = not _is_transformed() and _is_plain((args, kwargs)) and not any(map(_is_compiled, parts))
+            arguments = _note((args, kwargs), evaluation) if keepable else None
+            if arguments is None:
+                return parts[0](*args, **kwargs)
+            given = tensors_in((args, kwargs)) if self.marking else ()
+            origins = {origin for t in given if (origin := evaluation.origin(t)) is not None}
+            held, buffers = _held(parts), _versions(parts)
+            before = generator_states(self._device, only_torch=not self._habits.draws)
+            output = parts[0](*args, **kwargs)
+            if not _is_plain(output) or not _same_held(held, _held(parts)) or buffers != _versions(parts):
+                return output  # a loss, or the module's next call, may go on to read what it left there
+            if _share_memory((args, kwargs), output):
+                return output  # or write through an alias
+            after = generator_states(self._device, only_torch=not self._habits.draws)
+            self._passed_on |= origins
+            self._places[place] = len(self.calls)
+            self.calls.append(Call(level, arguments, output, None if before == after else after))
+            return self._hand_out(len(self.calls) - 1, self._mark if self.marking else _copy, evaluation)
+
+        return record
 
     def _mark(self, output: Tensor, leaf: Tensor | None) -> Tensor:
         if leaf is not None:
@@ -213,41 +242,39 @@ class Calls:
             self.calls[-1].marks.append(output)
         return output.clone()
 
-    def player(self, level: str, module: nn.Module, given: Given) -> Callable[..., Any]:
-        """Return a function that gives kept calls of a module back, each once, and makes a call that was not kept.
+    def player(self, level: str, module: nn.Module, evaluation: Evaluation) -> Callable[..., Any]:
+        """Return a function that gives kept calls of a module back, and makes a call that was not kept.
 
         Args:
             level: whose module it is.
             module: to call.
-            given: the calls given back in this evaluation, by all players of it.
+            evaluation: the present one.
         """
 
         def play(*args: Any, **kwargs: Any) -> Any:
-            index = self._find(level, args, kwargs, given)
+            if evaluation.over:
+                return module(*args, **kwargs)
+            place = evaluation.next_place(level)
+            if _is_transformed():
+                return module(*args, **kwargs)
+            index = self._places.get(place, -1)
+            if index >= 0 and not _is_same(self.calls[index].arguments, (args, kwargs), evaluation):
+                index = -1
             if not are_equal(index, self._group) or index < 0:
                 self._habits.misses[level] = self._habits.misses.get(level, 0) + 1
                 return module(*args, **kwargs)
-            given.places.add(index)
             self._habits.misses[level] = 0
             states = self.calls[index].states
             if states is not None:
                 set_generator_states(states, self._device)
-            return self._hand_out(index, _stand_in)
+            return self._hand_out(index, _stand_in, evaluation)
 
         return play
-
-    def _find(self, level: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given) -> int:
-        """Return the place of a kept call that is the same one and has not been given back, -1 if there is none."""
-        for index, call in enumerate(self.calls):
-            possible = call.level == level and (given.over or (call.term == self.term and index not in given.places))
-            if possible and self._same(call.arguments, (args, kwargs)):
-                return index
-        return -1
 
     def forget(self) -> None:
         """Keep none of the calls made so far."""
         self.calls.clear()
-        self._origins.clear()
+        self._places.clear()
         self.marked = False
 
     def give_up(self) -> None:
@@ -282,7 +309,7 @@ class Calls:
         found = iter(torch.autograd.grad(reached, parameters, grad_outputs, retain_graph=True, allow_unused=True))
         return tuple(next(found) if t.requires_grad else None for t in inputs)
 
-    def _hand_out(self, index: int, copy: Callable[[Tensor, Tensor | None], Tensor]) -> Any:
+    def _hand_out(self, index: int, copy: Callable[[Tensor, Tensor | None], Tensor], evaluation: Evaluation) -> Any:
         """Return copies of a call's output, which the loss may write into, and remember where they are from."""
         call = self.calls[index]
         place = {id(output): k for k, output in enumerate(call.graph_outputs)}
@@ -291,45 +318,43 @@ class Calls:
             k = place.get(id(output))
             copied = copy(output, None if k is None else call.leaves[k])
             if k is not None:
-                self._origins[id(copied)] = (copied, copied._version, (index, k))
+                evaluation.hand_out(copied, (index, k))
             return copied
 
         return map_tensors(call.output, hand)
 
-    def _origin(self, tensor: Tensor) -> tuple[int, int] | None:
-        """Return which output of a kept call a tensor is, if it has not been written into."""
-        found = self._origins.get(id(tensor))
-        return found[2] if found is not None and found[0] is tensor and tensor._version == found[1] else None
 
-    def _note(self, arguments: Any) -> Any:
-        """Replace tensors among arguments by notes of them; None if the loss itself made one from variables."""
-        if any(t.requires_grad and self._origin(t) is None for t in tensors_in(arguments)):
-            return None
-        return map_tensors(arguments, lambda t: _Argument(t, t._version, self._origin(t)))
+def _note(arguments: Any, evaluation: Evaluation) -> Any:
+    """Replace tensors among arguments by notes of them; None if the loss itself made one from variables."""
+    if any(t.requires_grad and evaluation.origin(t) is None for t in tensors_in(arguments)):
+        return None
+    return map_tensors(arguments, lambda t: _Argument(t, t._version, evaluation.origin(t)))
 
-    def _same(self, noted: Any, given: Any) -> bool:
-        if isinstance(noted, _Argument):
-            if not isinstance(given, Tensor) or noted.tensor._version != noted.version:
-                return False
-            origin = self._origin(given)
-            if noted.origin is not None or origin is not None:
-                return noted.origin == origin
-            if given.requires_grad:  # made from variables, as nothing that a kept call was given
-                return False
-            kept = noted.tensor
-            return kept is given or (
-                kept.shape == given.shape
-                and kept.dtype == given.dtype
-                and kept.device == given.device
-                and torch.equal(kept, given)
-            )
-        if type(noted) is not type(given):
+
+def _is_same(noted: Any, given: Any, evaluation: Evaluation) -> bool:
+    """Whether arguments are those that were noted."""
+    if isinstance(noted, _Argument):
+        if not isinstance(given, Tensor) or noted.tensor._version != noted.version:
             return False
-        if isinstance(noted, (tuple, list)):
-            return len(noted) == len(given) and all(map(self._same, noted, given))
-        if isinstance(noted, dict):
-            return noted.keys() == given.keys() and all(self._same(v, given[k]) for k, v in noted.items())
-        return bool(noted == given)
+        origin = evaluation.origin(given)
+        if noted.origin is not None or origin is not None:
+            return noted.origin == origin
+        if given.requires_grad:  # made from variables, as nothing that a kept call was given
+            return False
+        kept = noted.tensor
+        return kept is given or (
+            kept.shape == given.shape
+            and kept.dtype == given.dtype
+            and kept.device == given.device
+            and torch.equal(kept, given)
+        )
+    if type(noted) is not type(given):
+        return False
+    if isinstance(noted, (tuple, list)):
+        return len(noted) == len(given) and all(_is_same(n, g, evaluation) for n, g in zip(noted, given, strict=True))
+    if isinstance(noted, dict):
+        return noted.keys() == given.keys() and all(_is_same(v, given[k], evaluation) for k, v in noted.items())
+    return bool(noted == given)
 
 
 def _copy(output: Tensor, leaf: Tensor | None) -> Tensor:  # noqa: ARG001
@@ -345,17 +370,47 @@ def _is_compiled(part: nn.Module) -> bool:
     return "_orig_mod" in part._modules or part._compiled_call_impl is not None
 
 
-def _attributes(parts: Sequence[nn.Module]) -> list[Any]:
-    """Return what the parts hold as plain attributes."""
-    return list(chain.from_iterable(vars(part).values() for part in parts))
-
-
-def _same_tensors(before: list[Any], after: list[Any]) -> bool:
-    """Whether the tensors among attributes are the same ones."""
-    if len(before) == len(after) and all(map(operator.is_, before, after)):
+def _is_transformed() -> bool:
+    """Whether more than values is computed: activations that are to be recomputed, tangents, batches of calls."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
-    ids = [[id(value) for value in values if isinstance(value, Tensor)] for values in (before, after)]
-    return ids[0] == ids[1]
+    try:
+        with disable_saved_tensors_hooks("there are hooks"):
+            return False
+    except RuntimeError:
+        return True
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _held(parts: Sequence[nn.Module]) -> list[Any]:
+    """Return what the parts hold as plain attributes, and in lists, tuples and dictionaries among them."""
+    found: list[Any] = []
+    seen: set[int] = set()
+
+    def hold(values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                found.extend((value, 0 if value.is_inference() else value._version))
+            elif not isinstance(value, (list, tuple, dict)):
+                found.append(value)
+            elif id(value) not in seen:
+                seen.add(id(value))
+                found.append(len(value))
+                hold(value.values() if isinstance(value, dict) else value)
+
+    for part in parts:
+        hold([value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE])
+    return found
+
+
+def _same_held(before: list[Any], after: list[Any]) -> bool:
+    """Whether the attributes are the same objects, or equal constants."""
+    return len(before) == len(after) and all(
+        a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+        for a, b in zip(before, after, strict=True)
+    )
 
 
 def _versions(parts: Sequence[nn.Module]) -> list[tuple[int, int]]:
@@ -365,14 +420,11 @@ def _versions(parts: Sequence[nn.Module]) -> list[tuple[int, int]]:
 
 def _share_memory(arguments: Any, output: Any) -> bool:
     """Whether a tensor of the output is an alias of another one or of an argument."""
-    try:
-        seen = {_storage(t) for t in tensors_in(arguments)}
-        for t in tensors_in(output):
-            if _storage(t) in seen:
-                return True
-            seen.add(_storage(t))
-    except NotImplementedError:  # of torch.func's transformations
-        return True
+    seen = {_storage(t) for t in tensors_in(arguments)}
+    for t in tensors_in(output):
+        if _storage(t) in seen:
+            return True
+        seen.add(_storage(t))
     return False
 
 
@@ -381,9 +433,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _is_plain(tree: Any) -> bool:
-    """Whether all tensors of an object are in sight: nothing but containers of the standard kinds, and constants."""
+    """Whether all of an object is in sight: tensors that can be copied, in containers of the standard kinds."""
+    if isinstance(tree, Tensor):
+        return tree.layout in (torch.strided, torch.jagged) and not tree.is_inference()
     if isinstance(tree, (tuple, list)):
-        return (type(tree) in (tuple, list) or hasattr(tree, "_fields")) and all(map(_is_plain, tree))
+        standard = type(tree) in (tuple, list) or (hasattr(tree, "_fields") and not hasattr(tree, "__dict__"))
+        return standard and all(map(_is_plain, tree))
     if isinstance(tree, dict):
         return type(tree) is dict and all(map(_is_plain, tree.values()))
-    return tree is None or isinstance(tree, (Tensor, bool, int, float, str))
+    return tree is None or isinstance(tree, (bool, int, float, str))

@@ -20,7 +20,7 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
             return tuple(items)
         if type(tree).__module__ == "torch.return_types":  # what torch.sort and the like return
             return type(tree)(items)
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+        return type(tree)._make(items) if hasattr(tree, "_make") else tuple(items)
     if isinstance(tree, list):
         items = [map_tensors(item, function) for item in tree]
         return items if type(tree) is list else _like(tree, items, enumerate(items))

@@ -35,8 +35,9 @@ class FiniteDifference(Hypergradient):
     error of radius / 2 times the third derivative: for smooth losses use about 1e-3 in float32 and 1e-7 in float64. The
     loss must be the same function when it is evaluated again after the step. Where it provably is not (modules in
     another mode, batches written into), where the step's gradient is no side (earlier steps, lower precision, sharded
-    levels, levels that moved in between), and where the loss reads a level both by calls and otherwise, or uses what a
-    call returned both by itself and as the argument of another one, the difference is central.
+    levels, levels that moved in between or are inside a nest), and where the loss reads levels both by calls that are
+    kept and otherwise, or uses what a call returned both by itself and as the argument of another one, the difference
+    is central.
 
     Args:
         radius: Euclidean norm of the perturbation of w_p, positive.

@@ -31,10 +31,10 @@ class Drifting(nn.Linear):
         return super().forward(x) * self.gain * (1 + 0.1 * self.passes)
 
 
-def bilevel(estimator, *, steps=1, low=None, fit=None, judge=None, **options):
+def bilevel(estimator, *, steps=1, low=None, up=None, fit=None, judge=None, **options):
     torch.manual_seed(0)
     low = nn.Sequential(low() if low else nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-    up = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    up = (up() if up else nn.Sequential(nn.Linear(3, 3), nn.Tanh())).double()
     batches = torch.randn(4, 8, 3, dtype=torch.float64).unbind()
 
     def imitate(levels, batch):
