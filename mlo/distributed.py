@@ -75,6 +75,8 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if not ctx.what and all(c is None for c in cotangents):
+            return None, None, *cotangents
         return None, None, *_Mean.apply(ctx.group, ctx.what, ctx.like, *cotangents)
 
 
@@ -134,10 +136,11 @@ def average(
     """Return the means over all processes of the group, which call it together; no derivatives.
 
     Args:
-        tensors: None where a process has none; it counts as zero, and stays None where no process has one.
+        tensors: None where a process has none; it counts as zero, and stays None where no process has one. If `what`
+            is empty, there are none of those.
         likes: of the same shapes and types as the tensors.
         group: the processes.
-        what: the gradient that it is, compared over the processes first; not compared where it is empty.
+        what: the gradient that it is, compared over the processes first; nothing is compared where it is empty.
 
     Raises:
         MloError: the processes average different gradients.
@@ -150,17 +153,17 @@ def average(
             f"is not at. Let the loss be computed alike in all of them, whatever their batches: where one has nothing "
             f"to add, multiply by zero what the others add, rather than leave it out."
         )
-    given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
+    given = torch.tensor([float(t is not None) for t in tensors if what], device=likes[0].device)
     shapes = [_as_real(like) for like in likes]
     parts = [torch.zeros_like(like) if t is None else _as_real(t) for t, like in zip(tensors, shapes, strict=True)]
     flat = torch.cat([given, *(t.reshape(-1) for t in parts)])  # in the widest of their types
     _all_reduce(flat, "SUM", group)
-    counts, *means = torch.split(flat, [len(parts), *(t.numel() for t in parts)])
+    counts, *means = torch.split(flat, [len(given), *(t.numel() for t in parts)])
     num = torch.distributed.get_world_size(group)
     found = [(mean / num).view_as(like).to(like.dtype) for mean, like in zip(means, shapes, strict=True)]
     return tuple(
         None if not count else torch.view_as_complex(mean) if like.is_complex() else mean
-        for count, mean, like in zip(counts.tolist(), found, likes, strict=True)
+        for count, mean, like in zip(counts.tolist() if what else [1] * len(found), found, likes, strict=True)
     )
 
 

@@ -28,14 +28,22 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         like: the module whose parameters, buffers and settings it takes over.
         group: the processes; "auto" for all of `torch.distributed`.
         number: the same in all processes, by which it is noticed that they call different modules.
+
+    Attributes:
+        number: the same.
     """
 
     def __init__(self, like: nn.modules.batchnorm._BatchNorm, group: Group = "auto", number: int = 0) -> None:
         super().__init__(like.num_features, like.eps, like.momentum, affine=False, track_running_stats=False)
         self.affine, self.track_running_stats = like.affine, like.track_running_stats
         self._parameters, self._buffers = like._parameters, like._buffers
-        self._group, self._number = group, number
+        self._group, self.number = group, number
         self.train(like.training)
+
+    @property
+    def group(self) -> Group:
+        """The processes whose batches it normalizes over; None if there is this one alone."""
+        return whole_world() if self._group == "auto" else self._group
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         if input.dim() < 2:
@@ -43,35 +51,53 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize an input of shape (batch, channels, ...)."""
-        group = whole_world() if self._group == "auto" else self._group
+        group = self.group
         if group is None or not (self.training or self.running_mean is None):
-            normalized: Tensor = super().forward(input)
-            return normalized
+            alone: Tensor = super().forward(input)
+            return alone
         self._check_input_dim(input)
-        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        own = x.new_tensor([self._number])
-        means = mean_everywhere(torch.cat([x.mean(axes), own]), group)
-        torch._assert_async(means[-1] == own, _MIXED)
-        mean = means[:-1]
-        centred = x - mean.view(shape)
-        variance = mean_everywhere(centred.square().mean(axes), group)
+        y, mean, variance = normalized(input, self.eps, self.number, group)
         if self.training and self.track_running_stats:
-            self._track(mean, variance, x.numel() // x.shape[1] * torch.distributed.get_world_size(group))
-        y = centred * (variance + self.eps).rsqrt().view(shape)
+            self._track(mean, variance)
         if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(input.dtype)
+            shape = [1, -1] + [1] * (input.dim() - 2)
+            y = (y * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+        return y
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
         running: Any = self
         running.num_batches_tracked += 1
         momentum = 1 / float(running.num_batches_tracked) if self.momentum is None else self.momentum
-        unbiased = variance * (count / max(count - 1, 1))
         running.running_mean.lerp_(mean.to(running.running_mean.dtype), momentum)
-        running.running_var.lerp_(unbiased.to(running.running_var.dtype), momentum)
+        running.running_var.lerp_(variance.to(running.running_var.dtype), momentum)
+
+
+def normalized(input: Tensor, eps: float, number: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
+    """Normalize by the statistics of equally large batches in all processes, which call it together: one message.
+
+    Args:
+        input: of shape (batch, channels, ...).
+        eps: added to the variance.
+        number: as for `SynchronizedBatchNorm`.
+        group: the processes.
+
+    Returns:
+        The output, and of each channel the mean and the unbiased variance, without derivatives.
+    """
+    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    own_variance, own_mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+    # In float64, where the mean of squares is as good as that of deviations from a mean known beforehand.
+    own_mean, own_square = own_mean.double(), own_variance.double() + own_mean.double().square()
+    own_number = own_mean.new_tensor([number])
+    means = mean_everywhere(torch.cat([own_mean, own_square, own_number]), group)
+    torch._assert_async(means[-1] == own_number[0], _MIXED)
+    mean, square = means[:-1].chunk(2)
+    variance = (square - mean.square()).clamp(min=0)
+    y = (x - mean.to(x.dtype).view(shape)) * (variance + eps).rsqrt().to(x.dtype).view(shape)
+    count = x.numel() // x.shape[1] * torch.distributed.get_world_size(group)
+    return y.to(input.dtype), mean.detach(), variance.detach() * (count / max(count - 1, 1))
 
 
 def synchronize_batch_norm(module: nn.Module, group: Group = "auto") -> nn.Module:

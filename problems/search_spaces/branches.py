@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlo.synchronized import SynchronizedBatchNorm, normalized
 from problems.search_spaces.depthwise import depthwise, is_channels_last
 
 _VECTOR = 16
@@ -28,6 +29,9 @@ class Images(NamedTuple):
     """Whether the batch consists of the quarters of the images, all first ones, all second ones, and so on."""
 
 
+Norm = nn.BatchNorm2d | SynchronizedBatchNorm
+
+
 class Statistics:
     """BatchNorm with the statistics of the batch; running ones are written once for all modules.
 
@@ -35,14 +39,14 @@ class Statistics:
     """
 
     def __init__(self) -> None:
-        self._norms: list[nn.BatchNorm2d] = []
+        self._norms: list[Norm] = []
         self._places: list[int] = []
         """Of the statistics of each module."""
         self._num_places = 0
         self._means: list[Tensor] = []
         self._variances: list[Tensor] = []
 
-    def normalize(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Tensor | None) -> Tensor:
+    def normalize(self, x: Tensor, norms: Sequence[Norm], scales: Tensor | None) -> Tensor:
         """Normalize as many groups of channels as there are modules, and scale each channel.
 
         Args:
@@ -52,22 +56,33 @@ class Statistics:
         """
         return self._normalize(x, norms, scales, range(len(norms)))
 
-    def normalize_alike(self, x: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+    def normalize_alike(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
         """Do once what several modules would do to the same tensor."""
         return self._normalize(x, norms, None, [0] * len(norms))
 
-    def _normalize(
-        self, x: Tensor, norms: Sequence[nn.BatchNorm2d], scales: Tensor | None, places: Sequence[int]
-    ) -> Tensor:
+    def _normalize(self, x: Tensor, norms: Sequence[Norm], scales: Tensor | None, places: Sequence[int]) -> Tensor:
+        first = norms[0]
         mean = var = None
-        if norms[0].track_running_stats:
-            mean, var = (norms[0].running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
+        tracks = first.track_running_stats
+        if isinstance(first, SynchronizedBatchNorm) and first.group is not None:
+            y, mean, var = normalized(x, first.eps, first.number, first.group)
+            if tracks:
+                mean, var = (t.to(first.running_mean.dtype) for t in (mean, var))  # type: ignore[union-attr]
+            if scales is not None:
+                y = (y * scales.view(1, -1, 1, 1)).to(x.dtype)
+        else:
+            if tracks:
+                mean, var = (first.running_mean.new_zeros(x.shape[1]) for _ in range(2))  # type: ignore[union-attr]
+            y = functional.batch_norm(x, mean, var, scales, None, training=True, momentum=1.0, eps=first.eps)
+        if tracks:
+            assert mean is not None
+            assert var is not None
             self._means.append(mean)
             self._variances.append(var)
             self._norms += norms
             self._places += [self._num_places + place for place in places]
             self._num_places += max(places) + 1
-        return functional.batch_norm(x, mean, var, scales, None, training=True, momentum=1.0, eps=norms[0].eps)
+        return y
 
     @torch.no_grad()
     def write(self) -> None:
@@ -85,9 +100,11 @@ class Statistics:
 
 
 def are_alike(norms: Sequence[Any]) -> bool:
-    """Whether all are plain BatchNorms of the same settings, in training mode, with the statistics that they track."""
+    """Whether all are BatchNorms of the same kind and settings, in training mode, with statistics that they track."""
     return all(
-        type(norm) is nn.BatchNorm2d
+        type(norm) in (nn.BatchNorm2d, SynchronizedBatchNorm)
+        and type(norm) is type(norms[0])
+        and getattr(norm, "group", None) is getattr(norms[0], "group", None)
         and norm.training
         and not norm.affine
         and norm.momentum is not None

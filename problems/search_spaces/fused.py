@@ -23,14 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import ne
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlo.synchronized import SynchronizedBatchNorm
 from problems.search_spaces.branches import (
     Images,
+    Norm,
     Statistics,
     add_products,
     are_alike,
@@ -83,8 +85,10 @@ class FusedCell(SearchCell):
         if len(kinds) != 1 or next(iter(kinds))[0] not in (MixedOperation, PartialOperation):
             return []
         averages = [[settings_of(part) for part in edge.modules() if isinstance(part, nn.AvgPool2d)] for edge in edges]
-        kinds_of_parts = [[type(part) for part in edge.modules()] for edge in edges]  # their text names them only
-        return [(e.primitives, str(e), *own) for e, *own in zip(edges, kinds_of_parts, averages, strict=True)]
+        parts = [
+            [(name, *_setting(part)) for name, part in edge.named_modules(remove_duplicate=False)] for edge in edges
+        ]
+        return [(e.primitives, *own) for e, *own in zip(edges, parts, averages, strict=True)]
 
     def _look_over(self) -> None:
         """Find out whether the edges can be computed together, and how; anew whenever modules have changed."""
@@ -172,6 +176,13 @@ class FusedCell(SearchCell):
         nodes.append(sums[-1].node())
         statistics.write()
         return concatenate(nodes[NUM_INPUTS:])
+
+
+def _setting(part: nn.Module) -> tuple[type[nn.Module], Any]:
+    """Return the class and the settings of a part; normalizations are compared with each other, `are_alike`."""
+    if type(part) in (nn.BatchNorm2d, SynchronizedBatchNorm):
+        return nn.BatchNorm2d, cast("Any", part).num_features
+    return type(part), part.extra_repr()
 
 
 class _Source:
@@ -276,7 +287,7 @@ class _Block(NamedTuple):
 
     kernels: Tensor
     mixing: Tensor
-    norms: Sequence[nn.BatchNorm2d]
+    norms: Sequence[Norm]
 
 
 class _Branches:

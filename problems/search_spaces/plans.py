@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from problems.search_spaces.branches import Norm
+
 BLOCK = 4
 """Modules of a block of a separable or dilated primitive: ReLU, depthwise convolution, 1 x 1 convolution, BatchNorm."""
 
@@ -35,7 +37,7 @@ class Group(NamedTuple):
     """Of a separable or dilated convolution; 0 for all else."""
     dilation: int
     """Of its depthwise convolution."""
-    norms: tuple[tuple[nn.BatchNorm2d, ...], ...]
+    norms: tuple[tuple[Norm, ...], ...]
     """Of each block of it, those of each edge."""
 
     @classmethod

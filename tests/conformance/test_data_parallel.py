@@ -2,6 +2,7 @@
 
 import random
 from itertools import chain
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mlo
 from mlo.distributed import drawn_alike, from_first, whole_world
+from problems.search_spaces import Architecture, Supernet
+from problems.search_spaces.cells import SearchCell
+from problems.search_spaces.fused import FusedCell
 
 from .processes import in_two_processes
 from .quadratics import relative_error
@@ -131,6 +135,33 @@ def normalized(rank=None):
     engine = mlo.Engine(mlo.Graph([low, top], [mlo.Edge("scale", "w"), mlo.Edge("w", "scale")]), seed=0, device="cpu")
     engine.run(2, progress=False)
     return flat([scale.weight.detach(), *(p.detach() for p in module.parameters()), *module.buffers()])
+
+
+def supernet(rank=None):
+    """What a supernet of synchronized normalizations gives, in either kind of cell; how many messages they are."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    x = x.flatten(0, 1) if rank is None else x[rank]
+    found, sent = [], []
+    for cell in (SearchCell, FusedCell):
+        torch.manual_seed(2)
+        net, weights = Supernet(2, 4, 2, 3, cell=cell).double(), Architecture().double()
+        if rank is not None:
+            net = mlo.synchronize_batch_norm(net)
+
+        def loss(levels, batch):
+            return levels.net(batch, levels.weights()).sin().mean()
+
+        low = mlo.Problem("net", net, loss, torch.optim.SGD(net.parameters(), 0.1), [x], hypergradient=mlo.Unroll())
+        top = mlo.Problem("weights", weights, loss, torch.optim.SGD(weights.parameters(), 0.1), [x])
+        graph = mlo.Graph([low, top], [mlo.Edge("weights", "net"), mlo.Edge("net", "weights")])
+        with pytest.MonkeyPatch.context() as patch:
+            counted = MagicMock(wraps=mlo.synchronized.mean_everywhere)
+            patch.setattr(mlo.synchronized, "mean_everywhere", counted)
+            mlo.Engine(graph, seed=0, device="cpu").run(2, progress=False)
+        found.append(flat([*(p.detach() for p in (*weights.parameters(), *net.parameters())), *net.buffers()]))
+        sent.append(counted.call_count)
+    return found, sent
 
 
 def thresholds(rank=None, *, one_sided=False):
@@ -385,6 +416,7 @@ def in_process(rank, folder):
         "stopped": stopped(rank),
         "failed": failed(),
         "normalized": normalized(rank),
+        "supernet": supernet(rank),
         "thresholds": [thresholds(rank, one_sided=one_sided) for one_sided in (False, True)],
         "resumed": resumed(rank, folder),
         "sampled": sampled(),
@@ -443,6 +475,14 @@ def test_metrics_and_running_statistics_are_means_and_draws_are_not_shared(proce
 def test_synchronized_batch_normalization(processes):
     for of_rank in processes[1]:
         assert relative_error(of_rank["normalized"], normalized()) < 1e-10
+
+
+def test_synchronized_supernets(processes):
+    (expected, _), _ = supernet()
+    for of_rank in processes[1]:
+        found, (edge_by_edge, fused) = of_rank["supernet"]
+        assert all(relative_error(each, expected) < 1e-9 for each in found)
+        assert 0 < fused < 0.6 * edge_by_edge
 
 
 def test_kept_calls_are_given_back_in_both_or_in_none(processes):
