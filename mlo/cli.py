@@ -392,7 +392,7 @@ def _begin(
     quiet: bool,
 ) -> None:
     loaded = _load(recipe, (*overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)))
-    check_processes(loaded, launch is not None and launch > 1)
+    check_processes(loaded, launch is not None and launch > 1, launch)
     start_processes(launch)  # a mistake in the recipe has been found in one process, without a report of each
     name, experiment = recipe_name(recipe), _experiment(loaded)
     _checked_graph(loaded, experiment)  # a mistake that only this shows ends the command before anything is written

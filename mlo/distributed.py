@@ -41,6 +41,21 @@ def whole_world() -> Group:
     return distributed.group.WORLD
 
 
+def check_group(group: Any) -> None:
+    """Refuse what is no choice of processes.
+
+    Raises:
+        MloError: it is neither "auto" nor None nor a process group.
+    """
+    distributed = torch.distributed
+    known = distributed.is_available() and isinstance(group, distributed.ProcessGroup)
+    if not known and group is not None and not (isinstance(group, str) and group == "auto"):
+        raise MloError(
+            f"group: expected 'auto' for all processes, None for this one alone, or a torch.distributed.ProcessGroup; "
+            f"found {group!r}"
+        )
+
+
 def rank_of(group: Group) -> int:
     """Return this process's number in the group, from 0."""
     return 0 if group is None else torch.distributed.get_rank(group)
@@ -307,7 +322,10 @@ class _Together:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
+        # What gloo says begins with a place in its source; what it was given wrongly is not for want of a process.
+        if isinstance(error, torch.distributed.DistError) or (
+            isinstance(error, RuntimeError) and "gloo/" in str(error)
+        ):
             raise ProcessLostError(
                 f"expected to hear from all {torch.distributed.get_world_size()} processes of the job; found that one "
                 f"has ended or hangs ({str(error).splitlines()[0]}). See what it said first; the newest checkpoint is "

@@ -49,6 +49,7 @@ from mlo.distributed import (
     are_alike,
     average_buffers,
     by_first,
+    check_group,
     gathered,
     mean_metrics,
     rank_of,
@@ -122,7 +123,8 @@ class Engine:
     ) -> None:
         if not isinstance(graph, Graph):
             raise MloError(f"graph: expected an mlo.Graph; found {graph!r}")
-        if precision not in _PRECISIONS:
+        check_group(group)
+        if not isinstance(precision, str) or precision not in _PRECISIONS:
             raise MloError(f"precision: expected one of {', '.join(_PRECISIONS)}; found {precision!r}")
         if not isinstance(rollback, bool):
             raise MloError(f"rollback: expected True or False; found {rollback!r}")

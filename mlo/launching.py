@@ -1,6 +1,6 @@
 """Commands that run in several processes: started by `torchrun`, or by `--launch`.
 
-    torchrun --nproc-per-node=2 -m mlo run lbt/digits
+    torchrun --nproc-per-node=2 $(which mlo) run lbt/digits
     mlo run lbt/digits --launch 2
 
 Called by the command line.
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +53,19 @@ def _missing() -> list[str]:
     return [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
 
 
+def same_path() -> dict[str, str]:
+    """Return the variables that let `python -m mlo` look for modules where this process does (from Python 3.11 on).
+
+    It would look in the present folder first, which the command `mlo` leaves out.
+    """
+    return {} if {"", str(Path.cwd())} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
+
+
+def processes_here() -> int:
+    """Return how many processes of the job there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def start_processes(num_processes: int | None) -> None:
     """Start so many processes of the same command under `torchrun` and end with them, unless this is one of them.
 
@@ -66,6 +79,7 @@ def start_processes(num_processes: int | None) -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
     arguments = ["--standalone", f"--nproc-per-node={num_processes}", "-m", "mlo", *_without_launch(sys.argv[1:])]
+    os.environ.update(same_path())
     sys.stdout.flush()
     logging.disable(logging.ERROR)  # each process has said what there is to say
     try:
@@ -109,15 +123,17 @@ def joined() -> Iterator[None]:
     if not is_launched():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    number = int(os.environ["LOCAL_RANK"])
+    if number < torch.cuda.device_count():
+        torch.cuda.set_device(number)
     store, rank, num_processes = next(iter(rendezvous("env://")))
     torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=num_processes
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=num_processes
     )
     try:
         yield
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, once it sees one gone; there is something to say
         told = str(as_told(error))
         if rank == 0:
             store.set(_SAID, told)
@@ -136,8 +152,12 @@ _SAID = "mlo: what the first process ended with"
 
 def _was_said(store: Any, message: str) -> bool:
     """Whether the first process ends, within a second, with the same message."""
+    last = time.monotonic() + 1
     try:
-        store.wait([_SAID], timedelta(seconds=1))
-    except RuntimeError:  # it has not ended, or has gone
+        while not store.check([_SAID]):  # `wait` says that it has waited in vain
+            if time.monotonic() > last:
+                return False
+            time.sleep(0.05)
+        return bool(store.get(_SAID) == message.encode())
+    except RuntimeError:  # the process that holds the store has gone
         return False
-    return bool(store.get(_SAID) == message.encode())

@@ -38,12 +38,14 @@ from typing import Any, ClassVar, Protocol
 import numpy
 import torch
 
+from mlo.devices import find_device
 from mlo.distributed import Group, agreed, are_alike, by_first, from_first, rank_of, whole_world
 from mlo.engine import Engine
 from mlo.errors import CheckpointError, InteropError, MloError
 from mlo.files import alone, write_text
 from mlo.graph import Graph
 from mlo.interop.betty import PACKAGE, betty_engine, check_betty
+from mlo.launching import processes_here
 from mlo.recipes import Recipe, dump_recipe
 from mlo.synchronized import synchronize_batch_norm
 from mlo.tracking import Callback, JsonLines, RoundReport, TensorBoard, cut_metrics, read_metrics
@@ -224,8 +226,8 @@ class Run:
             Interrupted: the run was asked to stop; the engine is saved.
         """
         self._check_signal()
+        check_processes(self.recipe, self._group is not None)
         if self.recipe.engine == "betty" and len(graph.levels) > 1:
-            check_processes(self.recipe, self._group is not None)
             return self._train_with_betty(phase, graph, rounds, until, options)
         if self._group is not None and self.recipe.synchronize_batch_norm:
             for level in graph.levels:
@@ -505,16 +507,35 @@ def check_engine(recipe: Recipe, graph: Graph) -> None:
     )
 
 
-def check_processes(recipe: Recipe, several: bool) -> None:
-    """Refuse Betty's engine in a job of several processes.
+def check_processes(recipe: Recipe, several: bool, num_here: int | None = None) -> None:
+    """Refuse what a job of several processes cannot be: Betty's, or on fewer GPUs than it needs.
+
+    Args:
+        recipe: of the job.
+        several: whether it is one.
+        num_here: of its processes on this machine; None to ask what started this one.
 
     Raises:
-        InteropError: it is asked for there.
+        InteropError: it has Betty's engine.
+        MloError: one GPU is named, or there are fewer than processes.
     """
-    if several and recipe.engine == "betty":
+    if not several:
+        return
+    if recipe.engine == "betty":
         raise InteropError(
             "engine: expected 'mlo' in a job of several processes; found 'betty'. Start a single process, without "
             "--launch, or leave the engine out."
+        )
+    num_here = processes_here() if num_here is None else num_here
+    if recipe.device != "cuda" and recipe.device.startswith("cuda"):
+        raise MloError(
+            f"device: expected 'cuda' in a job of several processes, each of which takes the GPU of its number; found "
+            f"{recipe.device!r}. Choose GPUs by CUDA_VISIBLE_DEVICES."
+        )
+    if find_device(recipe.device, []).type == "cuda" and num_here > torch.cuda.device_count():
+        raise MloError(
+            f"expected at most {torch.cuda.device_count()} processes on this machine, one for each GPU; found "
+            f"{num_here}. Start fewer, or set device=cpu."
         )
 
 

@@ -35,7 +35,9 @@ class LossScale:
         """Return whether to take the step, and adapt the scale: halved on overflow, doubled after 2000 good steps."""
         if not self.active:
             return True
-        finite = all(bool(torch.isfinite(g).all()) for g in gradient if g is not None)
+        present = [g for g in gradient if g is not None and g.numel()]
+        # One number: a GPU would be waited for at each of hundreds.
+        finite = not present or bool(torch.stack(torch._foreach_norm(present, float("inf"))).isfinite().all())
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value /= 2

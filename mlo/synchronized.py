@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlo.distributed import Group, mean_everywhere, whole_world
+from mlo.distributed import Group, check_group, mean_everywhere, whole_world
+from mlo.errors import MloError
 
 _MIXED = (
     "synchronized batch normalization: expected all processes to call the same modules in the same order; found "
@@ -109,7 +110,13 @@ def synchronize_batch_norm(module: nn.Module, group: Group = "auto") -> nn.Modul
 
     Returns:
         The module, or what replaces it.
+
+    Raises:
+        MloError: it is no module, or the group is none.
     """
+    check_group(group)
+    if not isinstance(module, nn.Module):
+        raise MloError(f"synchronize_batch_norm: expected a torch.nn.Module; found {module!r}")
     return _replaced(module, group, {})
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mlo
+from mlo.state import LossScale
 
 from .conformance.quadratics import Vector
 from .toys import assert_same_state, state_of, three_levels
@@ -387,6 +389,26 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
     assert module.weight.item() == pytest.approx(before - 0.1)
 
 
+@pytest.mark.parametrize("spoilt", [None, math.inf, -math.inf, math.nan])
+def test_whether_a_gradient_is_finite_is_asked_of_the_device_once(spoilt):
+    """However many parameters there are: on a GPU each question waits for all that was begun."""
+    gradient = [torch.randn(3, 2) for _ in range(20)] + [None, torch.zeros(0), torch.tensor(1.0)]
+    if spoilt is not None:
+        gradient[7][1, 1] = spoilt
+    asked = []
+
+    class Asking(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.append(function is torch.ops.aten._local_scalar_dense.default)
+            return function(*args, **(kwargs or {}))
+
+    scale = LossScale(active=True)
+    with Asking():
+        assert scale.admits(gradient) is (spoilt is None)
+    assert sum(asked) <= 1
+    assert scale.admits([None, torch.zeros(0)])
+
+
 def test_fp16_skips_a_step_whose_loss_is_not_finite():
     factor = [1.0]
     engine, module = overflowing(factor)
@@ -537,6 +559,11 @@ def test_unused_parameters_get_zeros_and_are_not_stepped():
     ("options", "message"),
     [
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16; found 'fp8'"),
+        ({"precision": ["fp16"]}, r"precision: expected one of fp32, bf16, fp16; found \['fp16'\]"),
+        (
+            {"group": 3},
+            "group: expected 'auto' for all processes, None .* or a torch.distributed.Proces.*; found 3",
+        ),
         ({"device": "gpu"}, "device: expected 'auto' or a torch device"),
         ({"device": None}, "device: expected 'auto' or a torch device"),
         ({"rollback": "no"}, "rollback: expected True or False; found 'no'"),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -17,7 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import mlo
 from mlo.cli import main
 from mlo.files import alone
-from mlo.launching import _without_launch, is_launched, start_processes
+from mlo.launching import _without_launch, is_launched, same_path, start_processes
+from mlo.recipes import installed_problems, load_recipe
+from mlo.runs import check_processes
 
 MLO = [sys.executable, "-m", "mlo"]
 SETTINGS = (
@@ -44,11 +47,12 @@ def run(folder, *options, rounds=2):
     return finished(command(folder, *options, rounds=rounds))
 
 
-def broken_off(folder, act, *options, rounds):
-    """Start a command, do something to it as soon as it has played two rounds, and wait for its end."""
-    with subprocess.Popen(command(folder, *options, rounds=rounds), stderr=subprocess.PIPE, text=True) as process:
+def broken_off(words, act, *, rounds=2):
+    """Start a command, do something to it as soon as it has played so many rounds, and wait for its end."""
+    folder = Path(words[words.index("--output") + 1] if "--output" in words else words[-1])
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         metrics, end = folder / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= rounds):
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -80,14 +84,16 @@ def test_stopped_by_a_signal_that_loading_processes_must_not_hear(tmp_path):
     """torchrun sends it on to the group of each process, those that load for it included."""
     folder = tmp_path / "run"
     options = ("--launch", "2", "--set", "data.num_workers=1")
-    status, error = broken_off(folder, lambda pid: os.kill(pid, signal.SIGTERM), *options, rounds=10**4)
+    words = command(folder, *options, rounds=10**4)
+    status, error = broken_off(words, lambda pid: os.kill(pid, signal.SIGTERM))
     assert (status, error.count("mlo resume"), "Traceback" in error) == (128 + signal.SIGTERM, 1, False), error
     assert list((folder / "checkpoints").glob("search-*.pt"))
 
 
 def test_stopped_by_a_signal_and_resumed_in_one_process(tmp_path):
     folder = tmp_path / "stopped"
-    status, error = broken_off(folder, lambda pid: os.kill(pid, signal.SIGINT), "--launch", "2", rounds=4)
+    words = command(folder, "--launch", "2", rounds=4)
+    status, error = broken_off(words, lambda pid: os.kill(pid, signal.SIGINT))
     assert (status, error.count("mlo resume"), "Traceback" in error) == (130, 1, False), error
     assert 4 <= len(losses(folder)) < 8
     resumed = finished([*MLO, "resume", str(folder), "--quiet"])
@@ -97,13 +103,53 @@ def test_stopped_by_a_signal_and_resumed_in_one_process(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes under /proc")
-def test_a_process_that_is_killed_ends_all(tmp_path):
+@pytest.mark.parametrize(("launcher", "rank"), [("mlo", 1), ("torchrun", 0), ("torchrun", 1)])
+def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(tmp_path, launcher, rank):
     def kill(pid):
-        os.kill(children(pid)[-1], signal.SIGKILL)
+        os.kill(children(pid)[rank], signal.SIGKILL)
 
-    status, error = broken_off(tmp_path / "run", kill, "--launch", "2", rounds=10_000)
-    assert (status, "Traceback" in error) == (2, False), error
-    assert "was killed (signal 9). If the run had begun, go on with mlo resume" in error
+    words = command(tmp_path / "run", "--set", "checkpoint_every=1", rounds=10_000)
+    if launcher == "mlo":
+        status, error = broken_off([*words, "--launch", "2"], kill)
+        assert (status, "Traceback" in error) == (2, False), error
+        assert "was killed (signal 9). If the run had begun, go on with mlo resume" in error
+    else:  # which says much of its own
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        status, error = broken_off([sys.executable, *torchrun, *words[1:]], kill)
+        assert status != 0
+    assert error.count("found that one has ended or hangs") == 1, error  # what the other one says
+    done = len(losses(tmp_path / "run")) // 2
+    resumed = [*MLO, "resume", "--quiet", str(tmp_path / "run")]
+    status, error = broken_off(resumed, lambda pid: os.kill(pid, signal.SIGINT), rounds=done + 2)
+    assert (status, error.count("mlo resume")) == (130, 1), error
+
+
+def test_other_processes_look_for_modules_where_this_one_does(monkeypatch, tmp_path):
+    """`python -m` would take packages of the present folder for those that are installed."""
+    (tmp_path / "problems").mkdir()
+    (tmp_path / "problems" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert same_path() == {"PYTHONSAFEPATH": "1"}
+    if sys.version_info >= (3, 11):
+        looks = [sys.executable, "-m", "problems.lbt"]
+        assert subprocess.run(looks, env={**os.environ, **same_path()}, check=False).returncode == 0
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert same_path() == {}
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    recipe = load_recipe("darts/digits-first", schemas={"darts": installed_problems()["darts"].recipe_type})
+    for device in ("auto", "cuda"):
+        of_device = recipe.model_copy(update={"device": device})
+        check_processes(of_device, True, 2)
+        check_processes(of_device, False, 3)
+        with pytest.raises(mlo.MloError, match="at most 2 processes on this machine, one for each GPU; found 3"):
+            check_processes(of_device, True, 3)
+    check_processes(recipe.model_copy(update={"device": "cpu"}), True, 3)
+    with pytest.raises(mlo.MloError, match=r"'cuda' in a job of several processes.*found 'cuda:1'"):
+        check_processes(recipe.model_copy(update={"device": "cuda:1"}), True, 2)
 
 
 @pytest.mark.parametrize(

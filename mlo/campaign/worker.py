@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlo.launching import same_path
 from mlo.runs import is_finished
 
 LOG = "log.txt"
@@ -52,6 +53,7 @@ class Worker:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    env={**os.environ, **same_path()},
                 )
         if self._stopping:  # asked while the process was being made
             self.stop()

@@ -12,8 +12,8 @@ import torch
 from problems.search_spaces import Architecture, Supernet
 from problems.search_spaces.cells import SearchCell
 
-from .speed import cleaning, depth, lbt_step, overhead, unrolling
-from .speed.__main__ import BEGIN, BENCHMARKS, END, main, run, write
+from .speed import cleaning, compiled, depth, lbt_step, overhead, unrolling
+from .speed.__main__ import BEGIN, BENCHMARKS, END, QUICK, main, merged, run, write
 from .speed.memory import MEASURABLE, peak
 from .speed.report import Benchmark, agree, line_chart
 from .speed.timing import Measured, Method, measure, of
@@ -35,15 +35,26 @@ def test_times_beside_the_loop_by_hand(name):
     *_, (text, numbers, _) = run([few(benchmark, "", "mlo", "TorchOpt")], quick=True)
     assert f"## {benchmark.title}" in text
     assert "torch" in text.splitlines()[0]
-    assert {one["error"] for one in numbers[name]["measured"]} == {""}
+    assert {one["error"] for one in numbers[name]["found"]["measured"]} == {""}
     if name == "overhead":
-        assert numbers[name]["agreement"]["mlo FiniteDifference()"] < 1e-9
-        assert numbers[name]["agreement"]["TorchOpt MetaSGD"] < 1e-9
+        assert numbers[name]["found"]["agreement"]["mlo FiniteDifference()"] < 1e-9
+        assert numbers[name]["found"]["agreement"]["TorchOpt MetaSGD"] < 1e-9
         assert all(float(cells[1].split()[0]) > 0 for cells in rows(text, "mlo"))
         assert len(rows(text, "mlo")) == 2
     else:
-        assert numbers[name]["agreement"] < depth.AGREEMENT
+        assert numbers[name]["found"]["agreement"] < depth.AGREEMENT
         assert len(rows(text, "3 ")[0]) == 2
+
+
+def test_compilation_is_timed_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(module) or module)
+    result = compiled.run(compiled.METHODS, quick=True)
+    assert len(asked) == 1
+    assert [one["error"] for one in result.raw["measured"]] == ["", ""]
+    first = result.raw["first rounds"]
+    assert set(first) == {"mlo", "mlo, compiled"}
+    assert f"Seconds of the first round, the compilation included: mlo {first['mlo']:.1f}, mlo, comp" in result.text
 
 
 def test_the_published_cell_is_the_plain_one():
@@ -209,13 +220,25 @@ def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm():
     assert list(line.get_ydata()) == pytest.approx([math.nan, 3.0], nan_ok=True)
 
 
+def test_what_is_not_measured_again_stays_and_says_what_it_was_measured_on():
+    first, second = BENCHMARKS[0].title, BENCHMARKS[1].title
+    one = f"CPU; commit 1.\n\n## {first}\n\nA\n\n## {second}\n\nB\n"
+    two = merged(f"CPU; commit 2.\n\n## {second}\n\nC\n", one)
+    assert two == f"CPU; commit 2.\n\n## {first}\n\nMeasured apart: CPU; commit 1.\n\nA\n\n## {second}\n\nC\n"
+    three = merged(f"CPU; commit 3.\n\n## {second}\n\nD\n", two)
+    assert three == two.replace("commit 2", "commit 3").replace("C\n", "D\n").replace("DPU", "CPU")
+    assert merged(f"CPU; commit 3.\n\n## {first}\n\nE\n", two).count("Measured apart: CPU; commit 2.") == 1
+    quick = f"CPU; commit 4.\n\n{QUICK}\n\n## {second}\n\nF\n"
+    assert merged(quick, one) == quick
+
+
 def test_output_fills_the_marked_part(tmp_path, capsys, monkeypatch):
     path = tmp_path / "speed.md"
     path.write_text(f"# Speed\n\nbefore\n\n{BEGIN}\n{END}\n\nafter\n")
     figure = line_chart({"a": [(1.0, 2.0), (2.0, 3.0)]}, "x", "y", logarithmic=(True, True))
-    write(tmp_path, "TEXT", {"n": 1}, {"b": overhead.Result("", None, {"picture": figure})})
-    write(tmp_path, "NEWER", {"n": 2}, {})
-    assert path.read_text() == f"# Speed\n\nbefore\n\n{BEGIN}\n\nNEWER\n{END}\n\nafter\n"
+    write(tmp_path, "HERE\n\n## One\n\nTEXT", {"n": 1}, {"b": overhead.Result("", None, {"picture": figure})})
+    write(tmp_path, "HERE\n\n## One\n\nNEWER\n", {"n": 2}, {})
+    assert path.read_text() == f"# Speed\n\nbefore\n\n{BEGIN}\n\nHERE\n\n## One\n\nNEWER\n\n{END}\n\nafter\n"
     assert json.loads((tmp_path / "speed.json").read_text()) == {"n": 2}
     assert (tmp_path / "images" / "speed-picture.png").stat().st_size > 1000
     result = overhead.Result("TABLE", [1])

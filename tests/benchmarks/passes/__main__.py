@@ -60,10 +60,11 @@ def _report(options: argparse.Namespace) -> None:
     words += ["--batch", *map(str, options.batch)] if options.batch else []
     words += ["--turns", str(options.turns)] if options.turns != TURNS else []
     command = " ".join(words)
-    real = Rounds(options.recipe, tuple(options.overrides), device).seconds(batches[0])
-    expected = replace(search, batch=batches[0]).round(networks)
+    smallest = max(2, batches[0])  # of a recipe
+    real = Rounds(options.recipe, tuple(options.overrides), device).seconds(smallest)
+    expected = replace(search, batch=smallest).round(networks)
     check = (
-        f"A real round after the warm-up, with batches of {batches[0]} images: {real:.3g} s; its passes, by the fit: "
+        f"A real round after the warm-up, with batches of {smallest} images: {real:.3g} s; its passes, by the fit: "
         f"{expected:.3g} s."
     )
     text = f"`{command}`, {device.type}: {where}\n\n{report(search, networks)}\n{check}\n"

@@ -312,10 +312,10 @@ def run(problem: str, size: int, methods: Sequence[Method], quick: bool) -> Resu
     size, turns = (0, 3) if quick else (size, 5)
     left = {method.name: told for method in methods if (told := too_large(method, size))}
     fit = [method for method in methods if method.name not in left]
-    peaks = {method.name: peak(method, size, 0)[0] for method in fit} if not quick else {}
+    peaks = {method.name: peak(method, size, 0) for method in fit} if not quick else {}
     found: list[Measured] = measure(fit, (size,), repeats=turns)
     for one in found:
-        one.mebibytes = peaks.get(one.method)
+        one.mebibytes, _ = peaks.get(one.method, (None, ""))
     found += [Measured(name, size, error=told) for name, told in left.items()]
     notes = Notes()
     channels, cells, batch, side = SIZES[size]
@@ -324,7 +324,11 @@ def run(problem: str, size: int, methods: Sequence[Method], quick: bool) -> Resu
         f"median and range of {turns} turns, and how many times that of mlo."
     )
     lines = [text, "", *ratio_table(methods, found, size, "mlo", notes), ""]
-    shown = [f"{name} {mebibytes:.0f}" for name, mebibytes in peaks.items() if mebibytes is not None]
+    shown = [
+        f"{name} - {notes.mark(f'{name}, memory: {error}')}" if mebibytes is None else f"{name} {mebibytes:.0f}"
+        for name, (mebibytes, error) in peaks.items()
+        if mebibytes is not None or error
+    ]
     lines += [f"Peak memory of a step in MiB, beside the networks: {', '.join(shown)}.", ""] if shown else []
     return Result("\n".join([*lines, *notes.lines()]), {"measured": raw(found)})
 
