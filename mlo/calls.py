@@ -18,8 +18,10 @@ given are left out; a loss that uses such an output by itself, too, has no such 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -224,7 +226,7 @@ class Calls:
             held, buffers = _held(parts), _versions(parts)
             before = generator_states(self._device, only_torch=not self._habits.draws)
             output = parts[0](*args, **kwargs)
-            if not _is_plain(output) or not _same_held(held, _held(parts)) or buffers != _versions(parts):
+            if not _is_plain(output) or not _are_same(held, _held(parts)) or buffers != _versions(parts):
                 return output  # a loss, or the module's next call, may go on to read what it left there
             if _share_memory((args, kwargs), output):
                 return output  # or write through an alias
@@ -385,32 +387,33 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _held(parts: Sequence[nn.Module]) -> list[Any]:
-    """Return what the parts hold as plain attributes, and in lists, tuples and dictionaries among them."""
-    found: list[Any] = []
-    seen: set[int] = set()
-
-    def hold(values: Iterable[Any]) -> None:
-        for value in values:
-            if isinstance(value, Tensor):
-                found.extend((value, 0 if value.is_inference() else value._version))
-            elif not isinstance(value, (list, tuple, dict)):
-                found.append(value)
-            elif id(value) not in seen:
-                seen.add(id(value))
-                found.append(len(value))
-                hold(value.values() if isinstance(value, dict) else value)
-
+    """Return what the parts hold as attributes and, but for PyTorch's own modules, what those consist of."""
+    found = list(chain.from_iterable([vars(part).values() for part in parts]))
     for part in parts:
-        hold([value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE])
+        if not type(part).__module__.startswith("torch.nn.modules."):
+            for name, value in vars(part).items():
+                if isinstance(value, Tensor):
+                    found.append(0 if value.is_inference() else value._version)
+                elif isinstance(value, (list, tuple, dict)) and name not in _OF_EVERY_MODULE:
+                    found += value.values() if isinstance(value, dict) else value
     return found
 
 
-def _same_held(before: list[Any], after: list[Any]) -> bool:
-    """Whether the attributes are the same objects, or equal constants."""
-    return len(before) == len(after) and all(
-        a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
-        for a, b in zip(before, after, strict=True)
+def _are_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether attributes are the same objects, or equal constants."""
+    return len(before) == len(after) and (
+        all(map(operator.is_, before, after)) or all(map(_is_unchanged, before, after))
     )
+
+
+def _is_unchanged(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
+    if type(before) is not type(after):
+        return False
+    if isinstance(before, tuple):
+        return _are_same(before, after)
+    return isinstance(before, (bool, int, float, str)) and before == after
 
 
 def _versions(parts: Sequence[nn.Module]) -> list[tuple[int, int]]:

@@ -50,7 +50,8 @@ class Stream:
     """An endless stream of batches over an iterable.
 
     Every draw is keyed by (seed, level, epoch, index): the order of a shuffling `DataLoader` and augmentations in the
-    main process do not depend on anything else. A `DataLoader` with a generator of its own keeps it; data, or a
+    main process do not depend on anything else (but on whether it loads in other processes, as it then draws its order
+    earlier; `problems.data.loader` does not). A `DataLoader` with a generator of its own keeps it; data, or a
     sampler, with `set_epoch` is told each epoch before it is begun. Stateful data look after generators themselves.
 
     Args:
