@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -158,6 +159,15 @@ def test_workers_are_started_once():
     assert set(multiprocessing.active_children()) - before == workers
     del batches
     assert not set(multiprocessing.active_children()) & workers
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_batches_are_pinned_for_gpus(monkeypatch, has_gpu):
+    made = MagicMock(return_value=[])
+    monkeypatch.setattr("problems.data.loading.DataLoader", made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert list(loader(Noisy(8), 2)) == []
+    assert made.call_args.kwargs["pin_memory"] is has_gpu
 
 
 def test_workers_leave_ctrl_c_to_the_main_process():
