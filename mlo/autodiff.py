@@ -202,7 +202,7 @@ class LossCall:
         def view(name: str) -> LevelView:
             level = self.levels[name]
             if name != self.level and replay is not None:
-                return level.kind_of_view(level.module, replay.player(name, level.module, evaluation))
+                return level.kind_of_view(level.module, replay.player(name, level.parts, evaluation))
             if name != self.level and record is not None:
                 return level.kind_of_view(level.module, record.recorder(name, level.parts, evaluation))
             as_it_is = double_backward or accessed is not None

@@ -123,7 +123,7 @@ class Evaluation:
 
 
 class Call:
-    """One kept call: what it was given, what it returned, and where the generators stood after it.
+    """One kept call: what it was given, what it returned, and where the module and the generators stood after it.
 
     Attributes:
         graph_outputs: the tensors of the output that require a gradient.
@@ -131,10 +131,11 @@ class Call:
         marks: the places in the graph of the first evaluation where the loss goes on from them.
     """
 
-    def __init__(self, level: str, arguments: Any, output: Any, states: GeneratorStates | None) -> None:
+    def __init__(self, level: str, arguments: Any, output: Any, held: _Held, states: GeneratorStates | None) -> None:
         self.level = level
         self.arguments = arguments
         self.output = output
+        self.held = held
         self.states = states
         self.graph_outputs: list[Tensor] = [t for t in tensors_in(output) if t.requires_grad]
         self.leaves: list[Tensor] = [t.detach().requires_grad_() for t in self.graph_outputs]
@@ -223,17 +224,17 @@ class Calls:
                 return parts[0](*args, **kwargs)
             given = tensors_in((args, kwargs)) if self.marking else ()
             origins = {origin for t in given if (origin := evaluation.origin(t)) is not None}
-            held, buffers = _held(parts), _versions(parts)
+            held, buffers = _Held(parts), _versions(parts)
             before = generator_states(self._device, only_torch=not self._habits.draws)
             output = parts[0](*args, **kwargs)
-            if not _is_plain(output) or not _are_same(held, _held(parts)) or buffers != _versions(parts):
+            if not _is_plain(output) or not held.is_same(_Held(parts)) or buffers != _versions(parts):
                 return output  # a loss, or the module's next call, may go on to read what it left there
             if _share_memory((args, kwargs), output):
                 return output  # or write through an alias
             after = generator_states(self._device, only_torch=not self._habits.draws)
             self._passed_on |= origins
             self._places[place] = len(self.calls)
-            self.calls.append(Call(level, arguments, output, None if before == after else after))
+            self.calls.append(Call(level, arguments, output, held, None if before == after else after))
             return self._hand_out(len(self.calls) - 1, self._mark if self.marking else _copy, evaluation)
 
         return record
@@ -244,14 +245,15 @@ class Calls:
             self.calls[-1].marks.append(output)
         return output.clone()
 
-    def player(self, level: str, module: nn.Module, evaluation: Evaluation) -> Callable[..., Any]:
+    def player(self, level: str, parts: Sequence[nn.Module], evaluation: Evaluation) -> Callable[..., Any]:
         """Return a function that gives kept calls of a module back, and makes a call that was not kept.
 
         Args:
             level: whose module it is.
-            module: to call.
+            parts: of the module, itself the first.
             evaluation: the present one.
         """
+        module = parts[0]
 
         def play(*args: Any, **kwargs: Any) -> Any:
             if evaluation.over:
@@ -260,8 +262,10 @@ class Calls:
             if _is_transformed():
                 return module(*args, **kwargs)
             index = self._places.get(place, -1)
-            if index >= 0 and not _is_same(self.calls[index].arguments, (args, kwargs), evaluation):
-                index = -1
+            if index >= 0:
+                call = self.calls[index]
+                same = _is_same(call.arguments, (args, kwargs), evaluation) and call.held.is_same(_Held(parts))
+                index = index if same else -1
             if not are_equal(index, self._group) or index < 0:
                 self._habits.misses[level] = self._habits.misses.get(level, 0) + 1
                 return module(*args, **kwargs)
@@ -384,23 +388,40 @@ def _is_transformed() -> bool:
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_LARGE = 1000
 
 
-def _held(parts: Sequence[nn.Module]) -> list[Any]:
-    """Return what the parts hold as attributes and, but for PyTorch's own modules, what those consist of."""
-    found = list(chain.from_iterable([vars(part).values() for part in parts]))
-    for part in parts:
-        if not type(part).__module__.startswith("torch.nn.modules."):
-            for name, value in vars(part).items():
-                if isinstance(value, Tensor):
-                    found.append(0 if value.is_inference() else value._version)
-                elif isinstance(value, (list, tuple, dict)) and name not in _OF_EVERY_MODULE:
-                    found += value.values() if isinstance(value, dict) else value
-    return found
+class _Held:
+    """What the parts of a module hold as attributes and, but for PyTorch's own modules, what those consist of."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.objects: list[Any] = list(chain.from_iterable([vars(part).values() for part in parts]))
+        self.numbers: list[int] = []
+        for part in parts:
+            if not type(part).__module__.startswith("torch.nn.modules."):
+                for name, value in vars(part).items():
+                    if name not in _OF_EVERY_MODULE:
+                        self._add(value, 2)
+
+    def _add(self, value: Any, depth: int) -> None:
+        """Add how often a tensor has been written into, or what is in a container that is not large."""
+        if isinstance(value, Tensor):
+            self.numbers.append(0 if value.is_inference() else value._version)
+        elif isinstance(value, (list, tuple, dict)) and depth:
+            self.numbers.append(len(value))
+            if len(value) <= _LARGE:
+                entries = [*value, *value.values()] if isinstance(value, dict) else value
+                self.objects += entries
+                for entry in entries:
+                    if isinstance(entry, (Tensor, list, tuple, dict)):
+                        self._add(entry, depth - 1)
+
+    def is_same(self, other: _Held) -> bool:
+        """Whether these are the same objects, or equal constants."""
+        return self.numbers == other.numbers and _are_same(self.objects, other.objects)
 
 
 def _are_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Whether attributes are the same objects, or equal constants."""
     return len(before) == len(after) and (
         all(map(operator.is_, before, after)) or all(map(_is_unchanged, before, after))
     )

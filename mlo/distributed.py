@@ -90,8 +90,10 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        if not ctx.what and all(c is None for c in cotangents):
-            return None, None, *cotangents
+        if not ctx.what:  # where nothing says which of them there are
+            cotangents = tuple(
+                torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, ctx.like, strict=True)
+            )
         return None, None, *_Mean.apply(ctx.group, ctx.what, ctx.like, *cotangents)
 
 
@@ -322,10 +324,9 @@ class _Together:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # What gloo says begins with a place in its source; what it was given wrongly is not for want of a process.
-        if isinstance(error, torch.distributed.DistError) or (
-            isinstance(error, RuntimeError) and "gloo/" in str(error)
-        ):
+        # What gloo says names a place in its source, or the pair of processes; what it was given may be wrong, too.
+        lost = isinstance(error, torch.distributed.DistError)
+        if lost or (isinstance(error, RuntimeError) and any(said in str(error) for said in ("gloo/", "pair closure"))):
             raise ProcessLostError(
                 f"expected to hear from all {torch.distributed.get_world_size()} processes of the job; found that one "
                 f"has ended or hangs ({str(error).splitlines()[0]}). See what it said first; the newest checkpoint is "

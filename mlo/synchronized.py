@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlo.distributed import Group, check_group, mean_everywhere, whole_world
+from mlo.distributed import Group, check_group, mean_everywhere, rank_of, whole_world
 from mlo.errors import MloError
 
 _MIXED = (
@@ -89,15 +89,16 @@ def normalized(input: Tensor, eps: float, number: int, group: Group) -> tuple[Te
     x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     shape = [1, -1] + [1] * (x.dim() - 2)
     own_variance, own_mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
-    # In float64, where the mean of squares is as good as that of deviations from a mean known beforehand.
-    own_mean, own_square = own_mean.double(), own_variance.double() + own_mean.double().square()
-    own_number = own_mean.new_tensor([number])
-    means = mean_everywhere(torch.cat([own_mean, own_square, own_number]), group)
-    torch._assert_async(means[-1] == own_number[0], _MIXED)
-    mean, square = means[:-1].chunk(2)
-    variance = (square - mean.square()).clamp(min=0)
-    y = (x - mean.to(x.dtype).view(shape)) * (variance + eps).rsqrt().to(x.dtype).view(shape)
-    count = x.numel() // x.shape[1] * torch.distributed.get_world_size(group)
+    own_number, num = own_mean.new_tensor([number]), torch.distributed.get_world_size(group)
+    places = [own_mean if rank == rank_of(group) else torch.zeros_like(own_mean) for rank in range(num)]
+    found = mean_everywhere(torch.cat([own_variance, own_number, *places]), group)
+    within, numbers, rest = torch.split(found, [len(own_mean), 1, num * len(own_mean)])
+    torch._assert_async(numbers[0] == own_number[0], _MIXED)
+    means = num * rest.view(num, -1)  # of each process
+    mean = means.mean(0)
+    variance = within + (means - mean).square().mean(0)  # no difference of large numbers, as of mean squares
+    y = (x - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
+    count = x.numel() // x.shape[1] * num
     return y.to(input.dtype), mean.detach(), variance.detach() * (count / max(count - 1, 1))
 
 

@@ -93,8 +93,7 @@ class FusedCell(SearchCell):
     def _look_over(self) -> None:
         """Find out whether the edges can be computed together, and how; anew whenever modules have changed."""
         owners = list(self.edges.modules())
-        self._present = [owner._modules for owner in (self, *owners)]
-        self._held = [dict(modules) for modules in self._present]
+        self._modules_seen = _Seen([owner._modules for owner in (self, *owners)])
         normalizing = nn.modules.batchnorm._BatchNorm
         self._norms = [part for part in owners if isinstance(part, normalizing)]
         self._hooks = [  # not those of normalizations
@@ -111,7 +110,7 @@ class FusedCell(SearchCell):
     def _replicate_for_data_parallel(self) -> FusedCell:
         replica: FusedCell = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.fusable = False  # what is known of the modules is known of those of the original
-        replica._present, replica._held = [], []
+        replica._modules_seen = _Seen([])
         return replica
 
     def _plan(self, joined: bool) -> Plan:
@@ -133,7 +132,7 @@ class FusedCell(SearchCell):
         states: Any = None,
     ) -> Tensor:
         """As `SearchCell.forward`."""
-        if any(map(ne, self._present, self._held)):
+        if self._modules_seen.have_changed():
             self._look_over()
         sampled = states is not None and any(state.chosen is not None for state in states)
         hooked = any(self._hooks) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
@@ -153,7 +152,10 @@ class FusedCell(SearchCell):
         sums = [_Sum() for _ in self.incoming]
         statistics = Statistics()
         # A CPU gains by what runs as one as long as its caches hold it.
-        at_once = max(1, _CACHED // max(1, nodes[0].numel())) if nodes[0].device.type == "cpu" else 1 << 30
+        # Several processes run alike, and with few messages, whatever the sizes of their batches.
+        alone = not self._norms or getattr(self._norms[0], "group", None) is None
+        cached = nodes[0].device.type == "cpu" and alone
+        at_once = max(1, _CACHED // max(1, nodes[0].numel())) if cached else 1 << 30
         plan = self._plans[at_once >= sum(map(len, self._leaving[:NUM_INPUTS]))]
         kernels, scales = plan.kernels(), plan.scales(scalars, count)
         for stage in plan.stages:
@@ -176,6 +178,18 @@ class FusedCell(SearchCell):
         nodes.append(sums[-1].node())
         statistics.write()
         return concatenate(nodes[NUM_INPUTS:])
+
+
+class _Seen:
+    """The modules that owners of them had."""
+
+    def __init__(self, containers: Sequence[Any]) -> None:
+        self._containers = containers
+        self._held = [dict(modules) for modules in containers]
+
+    def have_changed(self) -> bool:
+        """Whether one of them has others now."""
+        return any(map(ne, self._containers, self._held))
 
 
 def _setting(part: nn.Module) -> tuple[type[nn.Module], Any]:

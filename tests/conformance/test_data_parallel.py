@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mlo
-from mlo.distributed import drawn_alike, from_first, whole_world
+from mlo.distributed import drawn_alike, from_first, mean_everywhere, replicate, whole_world
 from problems.search_spaces import Architecture, Supernet
 from problems.search_spaces.cells import SearchCell
 from problems.search_spaces.fused import FusedCell
@@ -137,6 +137,31 @@ def normalized(rank=None):
     return flat([scale.weight.detach(), *(p.detach() for p in module.parameters()), *module.buffers()])
 
 
+def statistics(rank=None):
+    """The output of a synchronized BatchNorm and three derivatives; one channel is far from 0, one always 0."""
+    torch.manual_seed(3)
+    x, slope, weights = torch.randn(3, 2, 6, 3, dtype=torch.float64).unbind()
+    x[..., 0] += 1e7
+    x[..., 1] = 0
+    x, slope, weights = (t.flatten(0, 1) if rank is None else t[rank] for t in (x, slope, weights))
+    own = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    if rank is None:
+        z = x + own * slope  # torch's own has no third derivative
+        y = (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()
+        running, mean = 0.9 + 0.1 * z.var(0).detach(), (y * weights).mean(0)
+        value = mean
+    else:
+        norm = mlo.synchronize_batch_norm(nn.BatchNorm1d(3, affine=False).double())
+        (used,) = replicate((own,), whole_world(), "own")
+        value = (norm(x + used * slope) * weights).mean(0)
+        running, mean = norm.running_var, mean_everywhere(value, whole_world())
+    found = [mean.detach(), running]
+    for _ in range(3):
+        (value,) = torch.autograd.grad(value.sum(), own, create_graph=True)
+        found.append(value.detach())
+    return found
+
+
 def supernet(rank=None):
     """What a supernet of synchronized normalizations gives, in either kind of cell; how many messages they are."""
     torch.manual_seed(1)
@@ -159,8 +184,11 @@ def supernet(rank=None):
             counted = MagicMock(wraps=mlo.synchronized.mean_everywhere)
             patch.setattr(mlo.synchronized, "mean_everywhere", counted)
             mlo.Engine(graph, seed=0, device="cpu").run(2, progress=False)
-        found.append(flat([*(p.detach() for p in (*weights.parameters(), *net.parameters())), *net.buffers()]))
-        sent.append(counted.call_count)
+            found.append(flat([*(p.detach() for p in (*weights.parameters(), *net.parameters())), *net.buffers()]))
+            sent.append(counted.call_count)
+            if rank is not None:  # parts of unequal size that alone would be computed in other portions
+                patch.setattr("problems.search_spaces.fused._CACHED", 5 * 4 * 4 * 8 * 8)
+                net(torch.randn(4 + rank, 3, 8, 8).double(), weights())
     return found, sent
 
 
@@ -416,6 +444,7 @@ def in_process(rank, folder):
         "stopped": stopped(rank),
         "failed": failed(),
         "normalized": normalized(rank),
+        "statistics": statistics(rank),
         "supernet": supernet(rank),
         "thresholds": [thresholds(rank, one_sided=one_sided) for one_sided in (False, True)],
         "resumed": resumed(rank, folder),
@@ -475,6 +504,12 @@ def test_metrics_and_running_statistics_are_means_and_draws_are_not_shared(proce
 def test_synchronized_batch_normalization(processes):
     for of_rank in processes[1]:
         assert relative_error(of_rank["normalized"], normalized()) < 1e-10
+
+
+def test_statistics_are_exact_far_from_zero_and_where_nothing_varies(processes):
+    for of_rank in processes[1]:
+        for found, expected in zip(of_rank["statistics"], statistics(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_synchronized_supernets(processes):
