@@ -184,7 +184,7 @@ class Calls:
         return [leaf for call in self.calls for leaf in call.leaves]
 
     def close(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """End the first evaluation: find the marks to differentiate by, if there are any; they tell all if `marked`.
+        """Find the marks to differentiate by, the evaluation over; they tell all if `marked`.
 
         Args:
             own: the variables of the level.
