@@ -68,7 +68,8 @@ def merged(text: str, earlier: str) -> str:
     for section in old:
         title, _, rest = section.partition("\n")
         if title not in sections:
-            rest = rest.strip() if rest.strip().startswith(APART) else f"{APART}{old_head.strip()}\n\n{rest.strip()}"
+            apart = rest.strip().startswith(APART) or old_head.strip() == head.strip()
+            rest = rest.strip() if apart else f"{APART}{old_head.strip()}\n\n{rest.strip()}"
             sections[title] = f"{title}\n\n{rest}\n"
     order = {f"## {benchmark.title}": place for place, benchmark in enumerate(BENCHMARKS)}
     ordered = sorted(sections, key=lambda title: order.get(title, len(order)))
