@@ -73,8 +73,8 @@ def replicate(tensors: Sequence[Tensor], group: Group, what: str = "") -> tuple[
 
 
 def mean_everywhere(tensor: Tensor, group: Group) -> Tensor:
-    """Return the mean of a local value over the processes, to each of them; the map is its own transpose."""
-    (mean,) = replicate(_Mean.apply(group, "", (tensor,), tensor), group)
+    """Return the mean of a real local value over the processes, to each of them, differentiable any number of times."""
+    mean: Tensor = _MeanEverywhere.apply(group, tensor)
     return mean
 
 
@@ -90,11 +90,20 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        if not ctx.what:  # where nothing says which of them there are
-            cotangents = tuple(
-                torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, ctx.like, strict=True)
-            )
         return None, None, *_Mean.apply(ctx.group, ctx.what, ctx.like, *cotangents)
+
+
+class _MeanEverywhere(torch.autograd.Function):
+    """The mean over the processes, to each of them; its own transpose, and so its own pullback."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, tensor: Tensor) -> Tensor:
+        ctx.group = group
+        return reduced(tensor.contiguous(), "SUM", group) / torch.distributed.get_world_size(group)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return None, _MeanEverywhere.apply(ctx.group, cotangent)
 
 
 class _Mean(torch.autograd.Function):
@@ -153,11 +162,10 @@ def average(
     """Return the means over all processes of the group, which call it together; no derivatives.
 
     Args:
-        tensors: None where a process has none; it counts as zero, and stays None where no process has one. If `what`
-            is empty, there are none of those.
+        tensors: None where a process has none; it counts as zero, and stays None where no process has one.
         likes: of the same shapes and types as the tensors.
         group: the processes.
-        what: the gradient that it is, compared over the processes first; nothing is compared where it is empty.
+        what: the gradient that it is, compared over the processes first; not compared where it is empty.
 
     Raises:
         MloError: the processes average different gradients.
@@ -170,17 +178,17 @@ def average(
             f"is not at. Let the loss be computed alike in all of them, whatever their batches: where one has nothing "
             f"to add, multiply by zero what the others add, rather than leave it out."
         )
-    given = torch.tensor([float(t is not None) for t in tensors if what], device=likes[0].device)
+    given = torch.tensor([float(t is not None) for t in tensors], device=likes[0].device)
     shapes = [_as_real(like) for like in likes]
     parts = [torch.zeros_like(like) if t is None else _as_real(t) for t, like in zip(tensors, shapes, strict=True)]
     flat = torch.cat([given, *(t.reshape(-1) for t in parts)])  # in the widest of their types
     _all_reduce(flat, "SUM", group)
-    counts, *means = torch.split(flat, [len(given), *(t.numel() for t in parts)])
+    counts, *means = torch.split(flat, [len(parts), *(t.numel() for t in parts)])
     num = torch.distributed.get_world_size(group)
     found = [(mean / num).view_as(like).to(like.dtype) for mean, like in zip(means, shapes, strict=True)]
     return tuple(
         None if not count else torch.view_as_complex(mean) if like.is_complex() else mean
-        for count, mean, like in zip(counts.tolist() if what else [1] * len(found), found, likes, strict=True)
+        for count, mean, like in zip(counts.tolist(), found, likes, strict=True)
     )
 
 

@@ -29,16 +29,13 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         like: the module whose parameters, buffers and settings it takes over.
         group: the processes; "auto" for all of `torch.distributed`.
         number: the same in all processes, by which it is noticed that they call different modules.
-
-    Attributes:
-        number: the same.
     """
 
     def __init__(self, like: nn.modules.batchnorm._BatchNorm, group: Group = "auto", number: int = 0) -> None:
         super().__init__(like.num_features, like.eps, like.momentum, affine=False, track_running_stats=False)
         self.affine, self.track_running_stats = like.affine, like.track_running_stats
         self._parameters, self._buffers = like._parameters, like._buffers
-        self._group, self.number = group, number
+        self._group, self._number = group, number
         self.train(like.training)
 
     @property
@@ -52,18 +49,39 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize an input of shape (batch, channels, ...)."""
-        group = self.group
-        if group is None or not (self.training or self.running_mean is None):
+        if self.group is None or not (self.training or self.running_mean is None):
             alone: Tensor = super().forward(input)
             return alone
         self._check_input_dim(input)
-        y, mean, variance = normalized(input, self.eps, self.number, group)
+        y, mean, variance = self.normalize(input)
         if self.training and self.track_running_stats:
             self._track(mean, variance)
         if self.affine:
             shape = [1, -1] + [1] * (input.dim() - 2)
             y = (y * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
         return y
+
+    def normalize(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
+        """Normalize channels, of this or of several like modules, by the batches of all processes: one message.
+
+        Returns:
+            The output, without scale and shift, and of each channel the mean and the unbiased variance, without
+            derivatives.
+        """
+        group, x = self.group, input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        own_variance, own_mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+        own_number, num = own_mean.new_tensor([self._number]), torch.distributed.get_world_size(group)
+        places = [own_mean if rank == rank_of(group) else torch.zeros_like(own_mean) for rank in range(num)]
+        found = mean_everywhere(torch.cat([own_variance, own_number, *places]), group)
+        within, numbers, rest = torch.split(found, [len(own_mean), 1, num * len(own_mean)])
+        torch._assert_async(numbers[0] == own_number[0], _MIXED)
+        means = num * rest.view(num, -1)  # of each process
+        mean = means.mean(0)
+        variance = within + (means - mean).square().mean(0)  # no difference of large numbers, as of mean squares
+        y = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        count = x.numel() // x.shape[1] * num
+        return y.to(input.dtype), mean.detach(), variance.detach() * (count / max(count - 1, 1))
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
@@ -72,34 +90,6 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum = 1 / float(running.num_batches_tracked) if self.momentum is None else self.momentum
         running.running_mean.lerp_(mean.to(running.running_mean.dtype), momentum)
         running.running_var.lerp_(variance.to(running.running_var.dtype), momentum)
-
-
-def normalized(input: Tensor, eps: float, number: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
-    """Normalize by the statistics of equally large batches in all processes, which call it together: one message.
-
-    Args:
-        input: of shape (batch, channels, ...).
-        eps: added to the variance.
-        number: as for `SynchronizedBatchNorm`.
-        group: the processes.
-
-    Returns:
-        The output, and of each channel the mean and the unbiased variance, without derivatives.
-    """
-    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    own_variance, own_mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
-    own_number, num = own_mean.new_tensor([number]), torch.distributed.get_world_size(group)
-    places = [own_mean if rank == rank_of(group) else torch.zeros_like(own_mean) for rank in range(num)]
-    found = mean_everywhere(torch.cat([own_variance, own_number, *places]), group)
-    within, numbers, rest = torch.split(found, [len(own_mean), 1, num * len(own_mean)])
-    torch._assert_async(numbers[0] == own_number[0], _MIXED)
-    means = num * rest.view(num, -1)  # of each process
-    mean = means.mean(0)
-    variance = within + (means - mean).square().mean(0)  # no difference of large numbers, as of mean squares
-    y = (x - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
-    count = x.numel() // x.shape[1] * num
-    return y.to(input.dtype), mean.detach(), variance.detach() * (count / max(count - 1, 1))
 
 
 def synchronize_batch_norm(module: nn.Module, group: Group = "auto") -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlo.synchronized import SynchronizedBatchNorm, normalized
+from mlo.synchronized import SynchronizedBatchNorm
 from problems.search_spaces.depthwise import depthwise, is_channels_last
 
 _VECTOR = 16
@@ -64,8 +64,8 @@ class Statistics:
         first = norms[0]
         mean = var = None
         tracks = first.track_running_stats
-        if isinstance(first, SynchronizedBatchNorm) and first.group is not None:
-            y, mean, var = normalized(x, first.eps, first.number, first.group)
+        if isinstance(first, SynchronizedBatchNorm) and group_of(first) is not None:
+            y, mean, var = first.normalize(x)
             if tracks:
                 mean, var = (t.to(first.running_mean.dtype) for t in (mean, var))  # type: ignore[union-attr]
             if scales is not None:
@@ -99,12 +99,18 @@ class Statistics:
         torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)  # type: ignore[misc]
 
 
+def group_of(norm: nn.Module) -> Any:
+    """Return the processes over whose batches a BatchNorm normalizes; None for this one alone."""
+    return norm.group if isinstance(norm, SynchronizedBatchNorm) else None
+
+
 def are_alike(norms: Sequence[Any]) -> bool:
     """Whether all are BatchNorms of the same kind and settings, in training mode, with statistics that they track."""
+    group = group_of(norms[0]) if norms else None
     return all(
         type(norm) in (nn.BatchNorm2d, SynchronizedBatchNorm)
         and type(norm) is type(norms[0])
-        and getattr(norm, "group", None) is getattr(norms[0], "group", None)
+        and group_of(norm) is group
         and norm.training
         and not norm.affine
         and norm.momentum is not None

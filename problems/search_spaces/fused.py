@@ -37,6 +37,7 @@ from problems.search_spaces.branches import (
     add_products,
     are_alike,
     concatenate,
+    group_of,
     join,
     pool,
     quarter,
@@ -153,7 +154,7 @@ class FusedCell(SearchCell):
         statistics = Statistics()
         # A CPU gains by what runs as one as long as its caches hold it.
         # Several processes run alike, and with few messages, whatever the sizes of their batches.
-        alone = not self._norms or getattr(self._norms[0], "group", None) is None
+        alone = not self._norms or group_of(self._norms[0]) is None
         cached = nodes[0].device.type == "cpu" and alone
         at_once = max(1, _CACHED // max(1, nodes[0].numel())) if cached else 1 << 30
         plan = self._plans[at_once >= sum(map(len, self._leaving[:NUM_INPUTS]))]
